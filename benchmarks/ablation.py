@@ -37,19 +37,19 @@ from text_kinds import ONE_SOURCE
 from torch import Tensor, nn
 
 import gteopt
-from gteopt.build.calibration_texts import draw_texts, tokenize
+from gteopt.build.calibration_texts import draw_calibration_texts, tokenize_calibration
 from gteopt.build.replay import (
     Block,
     BlockInput,
-    advance_,
+    batch_replay_texts,
     copy_block,
     find_blocks,
     open_blocks,
-    running_order,
-    token_batches,
+    order_block_layers,
+    replay_block_,
 )
 from gteopt.build.sensitivity import DEEP_BLOCKS
-from gteopt.build.tuning import Schedule, tune
+from gteopt.build.tuning import TuningSchedule, tune_model
 from gteopt.config.recipe import LayerScheme, Recipe, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, pack
@@ -106,10 +106,10 @@ RECIPES = {
     "both (mixed-nf4)": "mixed-nf4",
     BY_GRADIENTS: "mixed-nf4",
 }
-TUNED: dict[str, Callable[[int], Schedule]] = {
-    "GPTQ + both, scales, norms, biases tuned": lambda n: Schedule(n_steps=n, codes_rate=0.0),
-    "GPTQ + both, codes too (gptq-int4-guided)": lambda n: Schedule(n_steps=n),
-    "GPTQ + both, codes too, no drift term": lambda n: Schedule(n_steps=n, drift_weight=0.0),
+TUNED: dict[str, Callable[[int], TuningSchedule]] = {
+    "GPTQ + both, scales, norms, biases tuned": lambda n: TuningSchedule(n_steps=n, codes_rate=0.0),
+    "GPTQ + both, codes too (gptq-int4-guided)": lambda n: TuningSchedule(n_steps=n),
+    "GPTQ + both, codes too, no drift term": lambda n: TuningSchedule(n_steps=n, drift_weight=0.0),
 }
 """Schedule by row, for a number of steps."""
 
@@ -205,7 +205,7 @@ def solved(source: Path, recipe: Recipe, hub_dir: Path) -> tuple[Encoder, float]
 
 
 def tuned(
-    base: Encoder, recipe: Recipe, schedule: Schedule, hub_dir: Path
+    base: Encoder, recipe: Recipe, schedule: TuningSchedule, hub_dir: Path
 ) -> tuple[Encoder, float]:
     """Tune the weights that a solver found; returns the encoder and its bits per weight."""
     variant, bits = solved(base.checkpoint.folder, recipe, hub_dir)
@@ -214,8 +214,10 @@ def tuned(
         for name, module in variant.module.named_modules()
         if hasattr(module, "qweight")
     }
-    texts = draw_texts(ONE_SOURCE, hub_dir=hub_dir)
-    result = tune(base, start, tokenize(base.tokenization, texts, ONE_SOURCE.max_tokens), schedule)
+    texts = draw_calibration_texts(ONE_SOURCE, hub_dir=hub_dir)
+    result = tune_model(
+        base, start, tokenize_calibration(base.tokenization, texts, ONE_SOURCE.max_tokens), schedule
+    )
     encoder = gteopt.load(base.checkpoint.folder, dtype="float32")
     changed = {f"{name}.weight": codes.dequantize() for name, codes in result.weights.items()}
     encoder.module.load_state_dict({**changed, **result.rest}, strict=False)
@@ -268,8 +270,8 @@ def guided(
     The weight of a token is (1 - share) + share * s, where s is its value in `saliences`.
     """
     encoder = gteopt.load(source, dtype="float32")
-    texts = draw_texts(ONE_SOURCE, hub_dir=hub_dir)
-    tokens = tokenize(encoder.tokenization, texts, ONE_SOURCE.max_tokens)
+    texts = draw_calibration_texts(ONE_SOURCE, hub_dir=hub_dir)
+    tokens = tokenize_calibration(encoder.tokenization, texts, ONE_SOURCE.max_tokens)
     parts = saliences(encoder, tokens)
     scheme = LayerScheme.model_validate(INT4)
     blocks, inputs = open_blocks(encoder, tokens)
@@ -277,7 +279,7 @@ def guided(
     n_bits = n_weights = 0.0
     for block in blocks:
         original = copy_block(block)
-        for names in running_order(block, inputs):
+        for names in order_block_layers(block, inputs):
             rows, rows_before = reads(block, names[0], inputs), reads(original, names[0], exact)
             statistics = HessianAccumulator(rows[0].shape[1])
             for i, (x, x0) in enumerate(zip(rows, rows_before, strict=True)):
@@ -295,8 +297,8 @@ def guided(
                 linear.weight.data = codes.dequantize()
                 n_weights += codes.codes.numel()
                 n_bits += codes.codes.numel() * pack(codes).bits_per_weight
-        advance_(original, exact)
-        advance_(block, inputs)
+        replay_block_(original, exact)
+        replay_block_(block, inputs)
     return encoder, n_bits / n_weights
 
 
@@ -321,13 +323,13 @@ def saliences(
     v the vector and y the token's output. Padding is left out.
 
     Returns:
-        For each layer, one [n] per batch, in the order of `token_batches`.
+        For each layer, one [n] per batch, in the order of `batch_replay_texts`.
     """
     prefix, blocks = find_blocks(encoder.module, encoder.checkpoint.config["num_hidden_layers"])
     linears = {f"{prefix}.{n}": m for n, m in blocks.named_modules() if isinstance(m, nn.Linear)}
     by_layer: dict[str, list[Tensor]] = {name: [] for name in linears}
     generator = torch.Generator().manual_seed(0)
-    for batch in token_batches(tokens):
+    for batch in batch_replay_texts(tokens):
         ids, mask = encoder.pad(batch)
         outputs: dict[str, Tensor] = {}
         handles = [

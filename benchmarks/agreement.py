@@ -24,11 +24,11 @@ from sentence_transformers import SentenceTransformer
 from synthetic_suite import write_suite_data
 
 import gteopt
-from gteopt.evaluation.mteb_isolation import isolated
-from gteopt.evaluation.runner import EncodeOptions, run_suite
+from gteopt.evaluation.mteb_isolation import isolate_mteb
+from gteopt.evaluation.runner import SuiteEncodeOptions, run_suite
 from gteopt.evaluation.suites import Suite, SuiteTask, read_suite
 from gteopt.evaluation.task_facts import read_task_facts
-from gteopt.evaluation.tasks import resolve
+from gteopt.evaluation.tasks import resolve_tasks
 
 FOLDER = Path(__file__).parent
 SUITE = "mteb-en"
@@ -59,10 +59,12 @@ def main() -> None:
         write_suite_data(SUITE, hub_dir)
         for task in chosen_tasks(read_suite(SUITE)):
             alone = Suite(schema="gteopt.suite/1", name="alone", tasks=(task,))
-            run = run_suite(encoder, alone, hub_dir=hub_dir, options=EncodeOptions(dtype="float32"))
+            run = run_suite(
+                encoder, alone, hub_dir=hub_dir, options=SuiteEncodeOptions(dtype="float32")
+            )
             assert not run.failed, run.failed
-            with isolated(offline=True):
-                (resolved,) = resolve(alone, hub_dir)
+            with isolate_mteb(offline=True):
+                (resolved,) = resolve_tasks(alone, hub_dir)
                 theirs = plain_scores(plain, resolved)
             for score in run.scores:
                 row = {

@@ -17,15 +17,15 @@ from torch import nn
 
 from gteopt.build.layer_plan import plan_layers
 from gteopt.config.recipe import LayerScheme, Recipe, RtnWeights
-from gteopt.encoder.description import Description, Runtime
+from gteopt.encoder.description import EncoderDescription, EncoderRuntime
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.packed_weights import swap_embedding_, swap_linear_
-from gteopt.encoder.pooling import Head, Normalized
+from gteopt.encoder.pooling import Normalized, PoolingHead
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.kernels import speed_up_linears_
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.quant.affine import pack, quantize_rtn
-from gteopt.speed.random_model import random_part, shape_of, write_frame
+from gteopt.speed.random_model import random_block, shape_at_depth, write_model_frame
 
 _TABLE = LayerScheme(bits=8, group_size="per_channel", symmetric=True)
 
@@ -48,15 +48,15 @@ class Source:
 
     @staticmethod
     def draw(base: str, n_layers: int | None, device: torch.device) -> Source:
-        """Random weights, with seed 0, of a shape that `random_model.write_dummy` knows."""
-        config, whole = shape_of(base, n_layers)
+        """Random weights, with seed 0, of a shape that `random_model.write_random_model` knows."""
+        config, whole = shape_at_depth(base, n_layers)
         n = int(config["num_hidden_layers"])
         folder = Path(tempfile.mkdtemp()) / Path(base).name
-        write_frame(config, folder)
+        write_model_frame(config, folder)
         save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
         checkpoint = open_checkpoint(folder)
         generator = torch.Generator(device).manual_seed(0)
-        weights = (item for part in range(n + 1) for item in random_part(config, part, generator))
+        weights = (item for part in range(n + 1) for item in random_block(config, part, generator))
         module = _placed(checkpoint, dict(weights), device)
         return Source(checkpoint, module, device, n, whole)
 
@@ -92,9 +92,9 @@ class Source:
                 swap_embedding_(module, "embed_tokens", rows, self.device, torch.bfloat16)
         speed_up_linears_(module, self.device)
         return Encoder(
-            Description(self.checkpoint, Runtime(self.device, torch.bfloat16)),
+            EncoderDescription(self.checkpoint, EncoderRuntime(self.device, torch.bfloat16)),
             module,
-            Head(self.checkpoint.pooling, [Normalized()]),
+            PoolingHead(self.checkpoint.pooling, [Normalized()]),
             cuda_graphs=True,
         )
 

@@ -44,12 +44,19 @@ from model_folders import NAMES, folder_of
 from results_files import conditions, write_part
 
 import gteopt
-from gteopt.build.calibration_texts import BUILTIN, draw_texts
-from gteopt.commands.embed import parse_options
+from gteopt.build.calibration_texts import BUILTIN, draw_calibration_texts
+from gteopt.commands.embed import parse_embed_options
 from gteopt.config.recipe import Calibration
-from gteopt.corpus.jobs import Job, Request, embed_here, prepare, run, working_alone
-from gteopt.corpus.plan import write_record
-from gteopt.corpus.shard_files import DATA, ShardContent, ShardRecord, to_parquet
+from gteopt.corpus.jobs import (
+    EmbedJob,
+    JobRequest,
+    embed_in_process,
+    lock_job,
+    prepare_job,
+    run_job,
+)
+from gteopt.corpus.plan import write_embedding_record
+from gteopt.corpus.shard_files import DATA, ShardContent, ShardRecord, shard_to_parquet
 from gteopt.encoder.encoder import Encoder
 from gteopt.speed.clock import Stopwatch
 
@@ -61,7 +68,7 @@ RESULTS = Path(__file__).parent / "results" / "embedding.json"
 
 def texts_of(n: int) -> list[str]:
     """Distinct texts of the builtin calibration set, of a dozen to a few hundred tokens."""
-    drawn = draw_texts(Calibration(n_texts=1000, texts=BUILTIN))
+    drawn = draw_calibration_texts(Calibration(n_texts=1000, texts=BUILTIN))
     bare = [text.text for text in drawn]
     return [f"{bare[i % len(bare)]} {i}" for i in range(n)]
 
@@ -74,10 +81,10 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def job_of(encoder: Encoder, corpus: Path, out: Path, **options: Any) -> Job:
+def job_of(encoder: Encoder, corpus: Path, out: Path, **options: Any) -> EmbedJob:
     """A planned job."""
-    settings, _, wishes = parse_options(options)
-    return prepare(Request((str(corpus),), "model", out, settings), encoder, wishes=wishes)
+    settings, _, wishes = parse_embed_options(options)
+    return prepare_job(JobRequest((str(corpus),), "model", out, settings), encoder, wishes=wishes)
 
 
 def share(model: str, n_texts: int, repeats: int, folder: Path) -> dict[str, Any]:
@@ -102,8 +109,8 @@ def share(model: str, n_texts: int, repeats: int, folder: Path) -> dict[str, Any
     def embed() -> None:
         out = folder / "vectors"
         shutil.rmtree(out, ignore_errors=True)
-        with working_alone(out):
-            run(job_of(encoder, corpus, out, dtype="float32"), embed_here(encoder))
+        with lock_job(out):
+            run_job(job_of(encoder, corpus, out, dtype="float32"), embed_in_process(encoder))
 
     for number in range(repeats):
         ways: list[tuple[str, Callable[[], object]]] = [
@@ -148,8 +155,8 @@ def throughput(
     def embed() -> None:
         out = folder / "vectors"
         shutil.rmtree(out, ignore_errors=True)
-        with working_alone(out):
-            run(job_of(encoder, corpus, out, dtype="float32"), embed_here(encoder))
+        with lock_job(out):
+            run_job(job_of(encoder, corpus, out, dtype="float32"), embed_in_process(encoder))
 
     def multi_process() -> None:
         np.save(folder / "pool.npy", st.encode(texts, pool=pool, batch_size=32))
@@ -266,14 +273,16 @@ def one_memory(corpus: Path, out: Path) -> None:
     encoder.module.layers = layers[:1]
     encoder.module.config.num_hidden_layers = 1  # type: ignore[union-attr]
     watch = Stopwatch()
-    with working_alone(out):
-        run(job_of(encoder, corpus, out, dtype="float32", batch_size=512), embed_here(encoder))
+    with lock_job(out):
+        run_job(
+            job_of(encoder, corpus, out, dtype="float32", batch_size=512), embed_in_process(encoder)
+        )
     seconds = watch.wall_s
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(json.dumps({"peak_mb": round(peak / 1000, 1), "seconds": round(seconds, 1)}))
 
 
-def shard_of_one_row(job: Job, identity: str, first: int) -> bytes:
+def shard_of_one_row(job: EmbedJob, identity: str, first: int) -> bytes:
     """The bytes of a shard whose one vector is zero."""
     import pyarrow as pa
 
@@ -292,7 +301,7 @@ def shard_of_one_row(job: Job, identity: str, first: int) -> bytes:
         n_tokens=1,
         sha256="",
     )
-    shard: bytes = to_parquet(content, record, job.record.decode, "list").to_pybytes()
+    shard: bytes = shard_to_parquet(content, record, job.record.decode, "list").to_pybytes()
     return shard
 
 
@@ -316,12 +325,12 @@ def resume(n_shards: int, folder: Path) -> dict[str, Any]:
     for name, shard in job.plan.shards.items():
         before, after = shard_parts[len(str(shard.first))]
         (out / DATA / name).write_bytes(before + b'"first":%d,' % shard.first + after)
-    write_record(job.folder, job.record)
+    write_embedding_record(job.folder, job.record)
     watch = Stopwatch()
-    with working_alone(out):
+    with lock_job(out):
         planned = job_of(encoder, corpus, out, **options)
         seconds_plan = watch.wall_s
-        report = run(planned, embed_here(encoder))
+        report = run_job(planned, embed_in_process(encoder))
     seconds = watch.wall_s
     assert (report.shards_now, report.shards_before) == (0, n_shards)
     return {

@@ -20,8 +20,8 @@ from results_files import conditions, write_results
 from scipy import stats
 
 from gteopt.evaluation.per_item_scores import Samples
-from gteopt.evaluation.statistics import interval, judge, paired_draws
-from gteopt.records.evaluation import Correction, Difference
+from gteopt.evaluation.statistics import interval_of_draws, judge_claims, paired_draws
+from gteopt.records.evaluation import Correction, ScoreDifference
 
 FOLDER = Path(__file__).parent
 MARGIN = 0.01
@@ -87,15 +87,15 @@ def coverage(case: str, n_units: int, n_repeats: int) -> dict[str, Any]:
     for _ in range(n_repeats):
         draws = paired_draws(*make(rng, n_units), n_resamples=300)
         assert draws is not None
-        low, high = interval(draws.difference)
+        low, high = interval_of_draws(draws.difference)
         hits += low <= true <= high
     return {"case": case, "n_units": n_units, "n_repeats": n_repeats, "covered": hits / n_repeats}
 
 
-def claim(value: float, error: float, freedom: float) -> Difference:
+def claim(value: float, error: float, freedom: float) -> ScoreDifference:
     """A difference with the interval and p-value that records have."""
     half_width = error * float(stats.t.ppf(0.975, freedom))
-    return Difference(
+    return ScoreDifference(
         value=value,
         low=value - half_width,
         high=value + half_width,
@@ -124,7 +124,7 @@ def tables(true: float, n_rows: int, error: float, n_tables: int) -> dict[str, A
             for row, (value, row_error) in enumerate(zip(values, errors, strict=True))
         }
         for correction, count in counts.items():
-            n_equivalent = list(judge(claims, correction).values()).count("equivalent")
+            n_equivalent = list(judge_claims(claims, correction).values()).count("equivalent")
             count[0] += n_equivalent > 0
             count[1] += n_equivalent
     for correction, (n_with, n_all) in counts.items():

@@ -275,7 +275,7 @@ def layers_of(
 
 def _tiled(layer: cuda.Int8LinearCuda, tile: cuda.Tile) -> Product:
     def product(x: Tensor) -> Tensor:
-        codes, scale, zero = cuda.quantize_tokens(x, symmetric=True)
+        codes, scale, zero = cuda.quantize_tokens_cuda(x, symmetric=True)
         return cuda.int8_product(
             codes, scale, zero, layer.weight, layer.scale, None, None, x.dtype, tile
         )

@@ -34,18 +34,18 @@ from reproduce import plain_scores
 import gteopt
 from gteopt.build.fit_vectors import fit_transforms
 from gteopt.build.replay import emulates_bfloat16
-from gteopt.commands.evaluate import Grid, Setup, score
+from gteopt.commands.evaluate import EvaluationSetup, VectorGrid, evaluate_suite
 from gteopt.config.recipe import VectorCode
 from gteopt.corpus.shards import LocalEncoding, Shard
 from gteopt.encoder.encoder import Encoder
-from gteopt.evaluation.mteb_isolation import isolated
-from gteopt.evaluation.runner import EncodeOptions
+from gteopt.evaluation.mteb_isolation import isolate_mteb
+from gteopt.evaluation.runner import SuiteEncodeOptions
 from gteopt.evaluation.suites import Suite
-from gteopt.evaluation.tasks import load_suite, resolve
+from gteopt.evaluation.tasks import load_suite, resolve_tasks
 from gteopt.frozen import Frozen
-from gteopt.machine import machine, versions
-from gteopt.progress import quiet
-from gteopt.records.environment import Conditions, Machine
+from gteopt.machine import describe_machine, read_library_versions
+from gteopt.progress import ignore_progress
+from gteopt.records.environment import Conditions, MachineRecord
 from gteopt.records.evaluation import EvalReport
 from gteopt.records.files import write_record
 from gteopt.speed.clock import Stopwatch
@@ -110,7 +110,7 @@ class GridResult(Frozen):
     plain_rows: int
     plain_cpu_s: float
     speedup_cpu: float
-    machine: Machine
+    machine: MachineRecord
     versions: Conditions
 
 
@@ -138,7 +138,7 @@ class Plain(AbsEncoder):  # type: ignore[misc]
             None if is_document else self._instructions[task_metadata.name],
             texts,
         )
-        ((_shard, full),) = self._encoding((shard,), quiet)
+        ((_shard, full),) = self._encoding((shard,), ignore_progress)
         return self._vectors.dequantize(self._vectors.quantize(self._vectors.project(full)))
 
 
@@ -161,18 +161,18 @@ def main() -> None:
             gteopt.quantize("nano", recipe, Path(folder) / recipe, device="cpu")
             sources[recipe] = str(Path(folder) / recipe)
         watch = Stopwatch()
-        reports = score(
+        reports = evaluate_suite(
             sources,
             suite,
             Path(folder) / "results",
-            how=Setup(
+            how=EvaluationSetup(
                 hub_dir=arguments.hub_dir,
                 device="cpu",
                 dtype=arguments.dtype,
-                grid=Grid(DIMS, CODES),
-                options=EncodeOptions(batch_size=BATCH_SIZE),
+                grid=VectorGrid(DIMS, CODES),
+                options=SuiteEncodeOptions(batch_size=BATCH_SIZE),
             ),
-            progress=quiet,
+            progress=ignore_progress,
         )
         grid = timing_of(watch)
         print(f"grid: {grid.wall_s:.0f} s, {grid.cpu_s:.0f} s of CPU", flush=True)
@@ -196,9 +196,9 @@ def main() -> None:
         plain_rows=len(reports),
         plain_cpu_s=plain_cpu_s,
         speedup_cpu=plain_cpu_s / grid.cpu_s,
-        machine=machine(),
+        machine=describe_machine(),
         versions={
-            **versions(),
+            **read_library_versions(),
             "mteb": version("mteb"),
             "dtype": arguments.dtype,
             "torch_threads": str(torch.get_num_threads()),
@@ -224,8 +224,8 @@ def plain_run(
     name: str, encoder: Encoder, vectors: VectorTransform, suite: Suite, hub_dir: Path
 ) -> PlainRun:
     """One run of plain mteb on the suite, without the loading of the model."""
-    with isolated(offline=True):
-        tasks = resolve(suite, hub_dir)
+    with isolate_mteb(offline=True):
+        tasks = resolve_tasks(suite, hub_dir)
         model = Plain(encoder, vectors, {task.name: task.instruction for task in tasks})
         watch = Stopwatch()
         scores = [list(plain_scores(model, task).values()) for task in tasks]

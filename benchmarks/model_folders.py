@@ -15,7 +15,7 @@ from tempfile import mkdtemp
 from typing import Literal
 
 from gteopt.model.checkpoint import open_checkpoint
-from gteopt.speed.random_model import write_dummy
+from gteopt.speed.random_model import write_random_model
 
 Name = Literal["minilm", "qwen2", "wide"]
 NAMES: dict[str, str] = {
@@ -62,5 +62,5 @@ def folder_of(name: Name) -> str:
     config = {**open_checkpoint("nano").config, **_SHAPES[name]}
     config.pop("matryoshka_dimensions", None)
     (root / "config.json").write_text(json.dumps(config))
-    write_dummy(str(root), root / name)
+    write_random_model(str(root), root / name)
     return str(root / name)

@@ -41,12 +41,12 @@ from text_kinds import encode_kinds, judged_texts, kind_errors, mean_and_worst
 from torch import nn
 
 import gteopt
-from gteopt.build.calibration_texts import draw_texts, tokenize
+from gteopt.build.calibration_texts import draw_calibration_texts, tokenize_calibration
 from gteopt.config.recipe import Calibration, Effort, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.kernels import KERNELS
 from gteopt.kernels.cpu import activation_bits
-from gteopt.machine import machine, versions
+from gteopt.machine import describe_machine, read_library_versions
 from gteopt.speed.clock import Stopwatch
 
 SCHEMA = "gteopt.peers-quality/2"
@@ -130,8 +130,8 @@ def write(path: Path, calibration: Calibration, rows: list[Row]) -> None:
         "schema": SCHEMA,
         "calibration": calibration.model_dump(),
         "rows": [asdict(row) for row in rows],
-        "machine": machine().model_dump(),
-        "versions": {**before, **versions(), **peer_versions(PEERS)},
+        "machine": describe_machine().model_dump(),
+        "versions": {**before, **read_library_versions(), **peer_versions(PEERS)},
         "n_threads": torch.get_num_threads(),
     }
     write_results(path, record, indent=2)
@@ -146,7 +146,7 @@ def measure(
     texts: Mapping[str, list[str]],
 ) -> Row:
     """Build one variant and compare it with the original."""
-    cpu, transformers = machine().cpu, version("transformers")
+    cpu, transformers = describe_machine().cpu, version("transformers")
     watch = Stopwatch()
     try:
         encoder, bits = make(source)
@@ -178,8 +178,10 @@ def measure(
 
 def quantizers(base: Encoder, calibration: Calibration) -> dict[str, Callable[[Path], Variant]]:
     """By name, a function that makes a variant of the model in a folder."""
-    texts = draw_texts(calibration)
-    tokens = [list(ids) for ids in tokenize(base.tokenization, texts, calibration.max_tokens)]
+    texts = draw_calibration_texts(calibration)
+    tokens = [
+        list(ids) for ids in tokenize_calibration(base.tokenization, texts, calibration.max_tokens)
+    ]
     ours = ["rtn-int4", "gptq-int4", "gptq-nf4", "gptq-int4-guided", "gptq-nf4-guided"]
     ours += [
         "mixed-nf4",

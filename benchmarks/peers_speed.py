@@ -65,13 +65,13 @@ from torch import Tensor, nn
 
 import gteopt
 from gteopt.config.recipe import Recipe, load_recipe
-from gteopt.encoder.description import Backend, Description, describe
-from gteopt.encoder.forward import operations
+from gteopt.encoder.description import Backend, EncoderDescription, describe_encoder
+from gteopt.encoder.forward import count_forward_operations
 from gteopt.encoder.skeleton import build_skeleton
-from gteopt.machine import machine
+from gteopt.machine import describe_machine
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.speed.clock import Stopwatch
-from gteopt.speed.energy import Meter, meter
+from gteopt.speed.energy import EnergyMeter, open_energy_meter
 from gteopt.speed.peaks import peak_gflops
 from gteopt.speed.texts import exact_texts
 
@@ -136,8 +136,9 @@ class Timing:
         seconds: least time of the whole workload over the rounds.
         ratio: median over rounds of the reference's seconds / this engine's seconds.
         tokens_per_s: tokens without padding per second.
-        gflops: 10^9 operations per second of `seconds`, counted by `forward.operations`. A last
-            block of gteopt does fewer operations if the model pools one token.
+        gflops: 10^9 operations per second of `seconds`, counted by
+            `forward.count_forward_operations`. A last block of gteopt does fewer operations if the
+            model pools one token.
         n_rounds: turns taken.
         median_s: median over the rounds; None in older files.
         peak_ratio: operations per second of `median_s` / measured peak; None on a CPU.
@@ -211,17 +212,26 @@ def main() -> None:
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     peaks = peak_gflops(device) if for_gpu else arithmetic_peaks()
     print("peaks, GFLOP/s:", ", ".join(f"{name} {value:.0f}" for name, value in peaks.items()))
-    run = Run(setting, device, options.rounds, peaks, meter(device), layers, options.out, deadline)
+    run = Run(
+        setting,
+        device,
+        options.rounds,
+        peaks,
+        open_energy_meter(device),
+        layers,
+        options.out,
+        deadline,
+    )
     for model in options.models or setting.models:
         if for_gpu:
             source = Source.draw(model, layers, device)
             run.n_layers = source.n_layers
-            base: Description = source.encoder()
+            base: EncoderDescription = source.encoder()
             table = gpu_engines(source)
         else:
             calibrated = model == "minilm" and not options.rounded
             folder = folder_of(model, layers)
-            base = describe(folder, device="cpu", dtype="bfloat16")  # no weights
+            base = describe_encoder(folder, device="cpu", dtype="bfloat16")  # no weights
             makers = engines(model, learn=calibrated)
             table = {name: partial(make, folder) for name, make in makers.items()}
         names = [*options.only, setting.reference] if options.only else list(table)
@@ -254,7 +264,7 @@ class Run:
         where: torch.device,
         n_rounds: int,
         peaks: dict[str, float],
-        counter: Meter,
+        counter: EnergyMeter,
         n_layers: int | None,
         out: Path | None,
         deadline: float | None = None,
@@ -269,7 +279,7 @@ class Run:
         if self.setting.together or self.out is None or not self.out.is_file():
             return []
         record = json.loads(self.out.read_text())
-        same = record["machine"]["gpu"] == machine().gpu
+        same = record["machine"]["gpu"] == describe_machine().gpu
         return [_row_from(fields) for fields in record["rows"]] if same else []
 
     def missing(self, model: str, names: Sequence[str]) -> list[str]:
@@ -279,7 +289,7 @@ class Run:
         return sorted(without, key=lambda name: name in rows and rows[name].made_s is not None)
 
     def measure(
-        self, model: str, base: Description, table: Mapping[str, Callable[[], Engine]]
+        self, model: str, base: EncoderDescription, table: Mapping[str, Callable[[], Engine]]
     ) -> None:
         """Make every engine, compare its vectors, measure all in turns, and print the table.
 
@@ -347,7 +357,7 @@ class Run:
         group: Sequence[str],
         table: Mapping[str, Callable[[], Engine]],
         texts: Mapping[str, list[str]],
-        base: Description,
+        base: EncoderDescription,
         made: dict[str, Engine],
         expected: Vectors | None,
     ) -> tuple[list[Row], Vectors]:
@@ -429,7 +439,7 @@ class Run:
         engine: Engine,
         seconds: Mapping[str, Mapping[str, list[float]]],
         texts: Mapping[str, list[str]],
-        base: Description,
+        base: EncoderDescription,
     ) -> Row:
         timings = {}
         peak_rate = self.peaks.get(number_type(row.engine))
@@ -466,7 +476,7 @@ class Run:
         """Print the targets, and whether they are met."""
         print(
             f"\nTargets are for one H200 and all blocks of gte-Qwen2-7B. "
-            f"This machine has {machine().gpu or 'no GPU'}."
+            f"This machine has {describe_machine().gpu or 'no GPU'}."
         )
         print(f"{'target':62}{'wanted':>10}{'measured':>14}")
         for bar in bars(self.rows, self.peaks):
@@ -928,7 +938,7 @@ def onnx_int8(folder: Path) -> Engine:
         source,
         path,
         per_channel=True,
-        reduce_range="avx512_vnni" not in machine().cpu,
+        reduce_range="avx512_vnni" not in describe_machine().cpu,
         weight_type=QuantType.QInt8,
     )
     options = onnxruntime.SessionOptions()
@@ -998,11 +1008,11 @@ def random_qwen2(n_layers: int) -> Path:
     return folder
 
 
-def operations_of(engine: Engine, base: Description, lengths: Sequence[int]) -> float:
+def operations_of(engine: Engine, base: EncoderDescription, lengths: Sequence[int]) -> float:
     """Floating-point operations that an engine does for texts of these lengths; see `Timing`."""
     if isinstance(engine, Ours):
         return engine.encoder.operations(lengths)
-    return operations(
+    return count_forward_operations(
         build_skeleton(base.checkpoint), base.checkpoint.config, lengths, one_token=False
     )
 

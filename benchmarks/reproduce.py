@@ -24,13 +24,13 @@ from pydantic import Field
 from sentence_transformers import SentenceTransformer
 
 import gteopt
-from gteopt.evaluation.mteb_isolation import isolated
+from gteopt.evaluation.mteb_isolation import isolate_mteb
 from gteopt.evaluation.reference import find_reference
-from gteopt.evaluation.runner import EncodeOptions, run_suite
-from gteopt.evaluation.tasks import ResolvedTask, load_suite, resolve
+from gteopt.evaluation.runner import SuiteEncodeOptions, run_suite
+from gteopt.evaluation.tasks import ResolvedTask, load_suite, resolve_tasks
 from gteopt.frozen import Frozen
-from gteopt.machine import machine, versions
-from gteopt.records.environment import Conditions, Machine
+from gteopt.machine import describe_machine, read_library_versions
+from gteopt.records.environment import Conditions, MachineRecord
 from gteopt.records.files import read_record, write_record
 
 RESULTS = Path(__file__).parent / "results" / "reproduce.json"
@@ -57,7 +57,7 @@ class Row(Frozen):
     plain_mteb: float
     published: float | None
     reason: str | None
-    machine: Machine
+    machine: MachineRecord
     versions: Conditions
 
 
@@ -86,21 +86,21 @@ def main() -> None:
     encoder = gteopt.load(folder, device="cpu", dtype="float32")
     plain = SentenceTransformerEncoderWrapper(SentenceTransformer(str(folder), device="cpu"))
     conditions = {
-        **versions(),
+        **read_library_versions(),
         "mteb": version("mteb"),
         "dtype": "float32",
         "torch_threads": str(torch.get_num_threads()),
         "batch_size": str(BATCH_SIZE),
     }
-    how = EncodeOptions(dtype="float32", batch_size=BATCH_SIZE)
+    how = SuiteEncodeOptions(dtype="float32", batch_size=BATCH_SIZE)
     for task in suite.tasks:
         if task.task not in options.tasks:
             continue
         alone = suite.model_copy(update={"tasks": (task,)})
         run = run_suite(encoder, alone, hub_dir=options.hub_dir, options=how)
         assert not run.failed, run.failed
-        with isolated(offline=True):
-            (resolved,) = resolve(alone, options.hub_dir)
+        with isolate_mteb(offline=True):
+            (resolved,) = resolve_tasks(alone, options.hub_dir)
             theirs = plain_scores(plain, resolved)
         rows = [
             Row(
@@ -110,7 +110,7 @@ def main() -> None:
                 plain_mteb=theirs[score.split, score.subset],
                 published=published.get((score.task, score.split, score.subset)),
                 reason=WHY.get(score.task),
-                machine=machine(),
+                machine=describe_machine(),
                 versions=conditions,
             )
             for score in run.scores

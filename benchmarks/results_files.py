@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gteopt.machine import machine, versions
+from gteopt.machine import describe_machine, read_library_versions
 from gteopt.records.files import write_atomically
 
 
 def conditions(more_versions: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The fields `machine` and `versions` of a results file."""
     return {
-        "machine": machine().model_dump(),
-        "versions": {**versions(), **(more_versions or {})},
+        "machine": describe_machine().model_dump(),
+        "versions": {**read_library_versions(), **(more_versions or {})},
     }
 
 

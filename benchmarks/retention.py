@@ -22,15 +22,15 @@ from model_folders import model_folder
 from pydantic import Field
 
 import gteopt
-from gteopt.commands.evaluate import Grid, Setup, score
+from gteopt.commands.evaluate import EvaluationSetup, VectorGrid, evaluate_suite
 from gteopt.config.recipe import VectorCode
 from gteopt.evaluation.suites import Suite, SuiteTask
 from gteopt.evaluation.tasks import load_suite
 from gteopt.frozen import Frozen
-from gteopt.machine import machine, versions
+from gteopt.machine import describe_machine, read_library_versions
 from gteopt.model.artifact import read_manifest
 from gteopt.progress import Progress
-from gteopt.records.environment import Conditions, Machine
+from gteopt.records.environment import Conditions, MachineRecord
 from gteopt.records.evaluation import EvalReport
 from gteopt.records.files import read_record, write_record
 
@@ -74,7 +74,7 @@ class RetentionResult(Frozen):
     schema_: str = Field(default="gteopt.retention/1", alias="schema")
     baselines: dict[str, float]
     rows: tuple[RetentionRow, ...]
-    machine: Machine
+    machine: MachineRecord
     versions: Conditions
 
 
@@ -105,7 +105,10 @@ def main() -> None:
                 print(show(row), flush=True)
             if options.out:
                 result = RetentionResult(
-                    baselines=baselines, rows=tuple(rows), machine=machine(), versions=versions()
+                    baselines=baselines,
+                    rows=tuple(rows),
+                    machine=describe_machine(),
+                    versions=read_library_versions(),
                 )
                 write_record(options.out, result)
 
@@ -123,11 +126,13 @@ def measured(model: str, options: argparse.Namespace, work: Path) -> list[Retent
         weights[recipe] = read_manifest(out).weight_bytes
         sources[recipe] = str(out)
         print(f"{model} {recipe}: {weights[recipe] / 1e6:.1f} MB", flush=True)
-    reports = score(
+    reports = evaluate_suite(
         sources,
         suite_of(options.beir, work / "cranfield"),
         work / "results",
-        how=Setup(hub_dir=options.hub_dir, device="cpu", dtype="float32", grid=Grid(codes=CODES)),
+        how=EvaluationSetup(
+            hub_dir=options.hub_dir, device="cpu", dtype="float32", grid=VectorGrid(codes=CODES)
+        ),
         progress=printed(),
     )
     return [row_of(model, sources, report, weights) for report in reports.values()]

@@ -33,8 +33,8 @@ from text_kinds import encode_kinds, judged_texts, kind_errors, mean_and_worst
 from torch import Tensor
 
 import gteopt
-from gteopt.build.calibration_texts import draw_texts, tokenize
-from gteopt.build.replay import token_batches
+from gteopt.build.calibration_texts import draw_calibration_texts, tokenize_calibration
+from gteopt.build.replay import batch_replay_texts
 from gteopt.config.recipe import Calibration, Recipe, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.paths import ASSETS
@@ -170,7 +170,9 @@ def calibration(n_texts: int, without: Sequence[str]) -> Calibration:
         return Calibration(n_texts=n_texts)
     rows = builtin()
     kept = {row["text"] for row in rows if row["language"] not in without}
-    texts = [t for t in draw_texts(Calibration(n_texts=len(rows))) if t.text in kept][:n_texts]
+    texts = [t for t in draw_calibration_texts(Calibration(n_texts=len(rows))) if t.text in kept][
+        :n_texts
+    ]
     path = Path(tempfile.mkdtemp()) / "texts.jsonl"
     path.write_text("\n".join(json.dumps(asdict(text)) for text in texts) + "\n")
     return Calibration(texts=str(path), n_texts=n_texts)
@@ -193,7 +195,7 @@ def build(base: Encoder, recipe: Recipe, setting: Setting, out: Path) -> Manifes
             stack.enter_context(patch("gteopt.build.blocks.LARGEST_LOSS", setting.largest_loss))
         if setting.shrinkage:
             shrunk = _shrinking(setting.shrinkage)
-            stack.enter_context(patch("gteopt.quant.gptq.prepare", shrunk))
+            stack.enter_context(patch("gteopt.quant.gptq.prepare_gptq", shrunk))
         if setting.weigh is not None:
             accumulator = _weighing(text_weights(base, recipe.calibration, setting.weigh))
             stack.enter_context(patch("gteopt.build.replay.HessianAccumulator", accumulator))
@@ -202,8 +204,8 @@ def build(base: Encoder, recipe: Recipe, setting: Setting, out: Path) -> Manifes
 
 def text_weights(base: Encoder, spec: Calibration, weigh: Weigh) -> list[Tensor]:
     """A weight for each token of each batch, as the build cuts batches."""
-    texts = draw_texts(spec)
-    tokens = tokenize(base.tokenization, texts, spec.max_tokens)
+    texts = draw_calibration_texts(spec)
+    tokens = tokenize_calibration(base.tokenization, texts, spec.max_tokens)
     kind_of = {row["text"]: f"{row['kind']} {row['language']}" for row in builtin()}
     kinds = {id(ids): kind_of[text.text] for ids, text in zip(tokens, texts, strict=True)}
     n_tokens: Counter[str] = Counter()
@@ -211,7 +213,7 @@ def text_weights(base: Encoder, spec: Calibration, weigh: Weigh) -> list[Tensor]
         n_tokens[kinds[id(ids)]] += len(ids)
     return [
         torch.cat([torch.full((len(x),), weigh(len(x), kinds[id(x)], n_tokens)) for x in batch])
-        for batch in token_batches(tokens)
+        for batch in batch_replay_texts(tokens)
     ]
 
 
@@ -231,8 +233,8 @@ def _weighing(weights: Sequence[Tensor]) -> type[HessianAccumulator]:
 
 
 def _shrinking(share: float) -> Callable[..., Any]:
-    """`gptq.prepare` on (1 - share) H + share diag(H)."""
-    plain = gptq.prepare
+    """`gptq.prepare_gptq` on (1 - share) H + share diag(H)."""
+    plain = gptq.prepare_gptq
 
     def prepare(hessian: Tensor, options: gptq.GptqOptions) -> Any:
         return plain((1 - share) * hessian + share * hessian.diagonal().diag(), options)

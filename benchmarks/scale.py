@@ -41,7 +41,7 @@ from results_files import conditions, read_results, write_part, write_results
 from safetensors.torch import save_file
 
 import gteopt
-from gteopt.build.estimate import estimate
+from gteopt.build.estimate import estimate_builds
 from gteopt.config.recipe import Calibration, Recipe, load_recipe
 from gteopt.errors import InputError
 from gteopt.model.checkpoint import open_checkpoint
@@ -241,7 +241,7 @@ def measure(
         write_texts(texts, n_texts, n_tokens)
         spec = Calibration(texts=str(texts), n_texts=n_texts, max_tokens=n_tokens)
         calibrated = recipe.model_copy(update={"calibration": spec})
-        (predicted,) = estimate(open_checkpoint(base), [calibrated], device=device)
+        (predicted,) = estimate_builds(open_checkpoint(base), [calibrated], device=device)
         out = Path(temporary) / "out"
         command = [sys.executable, "-c", _CHILD, str(base), str(out)]
         command += [calibrated.model_dump_json(by_alias=True), device]

@@ -50,7 +50,7 @@ import psutil
 from model_folders import NAMES, folder_of
 from results_files import write_part
 
-from gteopt.machine import machine
+from gteopt.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "serving.json"
 BULK_TEXTS, N_BULK = 16, 8
@@ -555,7 +555,7 @@ def write(part: str, content: dict[str, Any], arguments: argparse.Namespace) -> 
         "command": f"python benchmarks/serving.py {' '.join(sys.argv[1:])}",
         "model": NAMES[arguments.model],
         "threads": arguments.threads,
-        "machine": machine().model_dump(),
+        "machine": describe_machine().model_dump(),
         "versions": versions,
         "note": arguments.note,
         **content,

@@ -26,7 +26,7 @@ from gteopt.commands.run import run
 from gteopt.config.plan import Plan
 from gteopt.evaluation.suites import SuiteTask, read_suite
 from gteopt.evaluation.task_facts import TaskFacts, read_task_facts
-from gteopt.progress import quiet
+from gteopt.progress import ignore_progress
 from gteopt.speed.clock import Stopwatch
 
 FOLDER = Path(__file__).parent
@@ -259,7 +259,12 @@ def main() -> None:
             }
         )
         results = run(
-            plan, beside=Path(scratch), hub_dir=hub_dir, device="cpu", workers=None, progress=quiet
+            plan,
+            beside=Path(scratch),
+            hub_dir=hub_dir,
+            device="cpu",
+            workers=None,
+            progress=ignore_progress,
         )
     report = results.evals["rtn-int8"]
     choice = results.choice

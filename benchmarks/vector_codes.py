@@ -37,9 +37,9 @@ from sentence_transformers.util.quantization import quantize_embeddings
 import gteopt
 from gteopt.config.recipe import Vectors
 from gteopt.speed.clock import Stopwatch
-from gteopt.vectors.fit import fit
-from gteopt.vectors.search import search
-from gteopt.vectors.transform import identity
+from gteopt.vectors.fit import fit_vector_transform
+from gteopt.vectors.search import search_vectors
+from gteopt.vectors.transform import identity_transform
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.intp]
@@ -105,7 +105,9 @@ def main() -> None:
         collection = read(model, options.cranfield, options.cache)
         measured = partial(row_of, model, collection)
         n_full = 4 * collection.queries.shape[1]
-        exact, _ = search(identity(n_full // 4), collection.queries, collection.documents, K)
+        exact, _ = search_vectors(
+            identity_transform(n_full // 4), collection.queries, collection.documents, K
+        )
         write(options.out, [measured("gteopt", "float32", n_full, exact)])
         for n_bytes in options.bytes:
             watch = Stopwatch()
@@ -208,9 +210,11 @@ CodedRows = Iterator[tuple[str, int, Rows]]
 
 def ours(collection: Collection, n_bytes: int) -> CodedRows:
     """The code that `vectors: {bytes: N}` chooses."""
-    transform = fit(collection.fitted, None, Vectors.model_validate({"bytes": n_bytes}))
+    transform = fit_vector_transform(
+        collection.fitted, None, Vectors.model_validate({"bytes": n_bytes})
+    )
     codes = transform.quantize(transform.project(collection.documents))
-    nearest, _ = search(transform, transform.project(collection.queries), codes, K)
+    nearest, _ = search_vectors(transform, transform.project(collection.queries), codes, K)
     suffix = ", rotated" if transform.rotated else ""
     name = f"{transform.code}, {transform.method} {transform.dims}{suffix}"
     yield name, transform.bytes_per_vector, nearest

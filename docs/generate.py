@@ -37,13 +37,13 @@ from gteopt.config.recipe import (
     Vectors,
     load_recipe,
 )
-from gteopt.config.yaml_files import shipped_names
+from gteopt.config.yaml_files import list_shipped_names
 from gteopt.evaluation.suites import read_suite
-from gteopt.evaluation.task_choice import part_within, read_task_scores
-from gteopt.evaluation.task_facts import amount_of, read_task_facts
+from gteopt.evaluation.task_choice import choose_suite_part, read_task_scores
+from gteopt.evaluation.task_facts import read_task_facts, task_amount
 from gteopt.model.config_file import attention_of
 from gteopt.model.families import FAMILIES, PUBLISHED
-from gteopt.speed.random_model import shapes
+from gteopt.speed.random_model import read_model_shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -727,11 +727,11 @@ def budget() -> str:
     rows = []
     for name in sorted(read_task_scores()):
         suite = read_suite(name)
-        amounts = {task.task: amount_of(task, 512) for task in suite.tasks}
+        amounts = {task.task: task_amount(task, 512) for task in suite.tasks}
         seconds = {task: amount.n_tokens / 5000 for task, amount in amounts.items() if amount}
         cells = []
         for minutes in (2, 10, 30, 120):
-            stands = part_within(suite, seconds, 60.0 * minutes).stands_for
+            stands = choose_suite_part(suite, seconds, 60.0 * minutes).stands_for
             cells.append(f"{100 * stands.error:.1f} ({len(stands.weights)})" if stands else "all")
         rows.append([f"`{name}`", *cells])
     return markdown(["suite", "2 min (tasks)", "10 min", "30 min", "2 h"], rows)
@@ -941,6 +941,8 @@ def default(info: FieldInfo) -> str:
         return "required"
     if value is None or value == () or value == "":
         return "none" if value is None else "empty"
+    if isinstance(value, NoWeights):
+        return "`method: none`"
     if isinstance(value, BaseModel):
         return "its defaults"
     if isinstance(value, bool):
@@ -953,7 +955,7 @@ def default(info: FieldInfo) -> str:
 def recipes() -> str:
     """All shipped recipes with their summaries and papers."""
     rows = []
-    for name in shipped_names("recipes"):
+    for name in list_shipped_names("recipes"):
         text = (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
         papers = dict.fromkeys(re.findall(r"https://arxiv\.org/abs/([\d.]+\d)", text))
         links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in papers)
@@ -966,7 +968,7 @@ def recipes() -> str:
 def policies() -> str:
     """All shipped policies with their limits and objectives."""
     rows = []
-    for name in shipped_names("recipes/policies"):
+    for name in list_shipped_names("recipes/policies"):
         policy = load_policy(name)
         limits = "; ".join(
             f"`{metric}` {sign} {value:g}"
@@ -989,7 +991,7 @@ def families() -> str:
         "cls": "first token",
         None: "as its folder says",
     }
-    sizes = shapes()
+    sizes = read_model_shapes()
     rows = []
     for name, model in PUBLISHED.items():
         family = FAMILIES[model.family] if model.family else None

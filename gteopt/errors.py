@@ -60,7 +60,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(part in message for part in _NO_MEMORY)
 
 
-def visible(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """The text with control characters as escapes; line breaks and tabs stay."""
     return "".join(
         repr(char)[1:-1] if char not in "\n\t" and unicodedata.category(char) in _UNSEEN else char
@@ -73,7 +73,7 @@ def join_problems(subject: str, problems: Iterable[str]) -> str:
     return "\n  - ".join([f"{subject}:", *problems])
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest_names(name: str, known: Iterable[str]) -> str:
     """The end of an 'unknown name' message: the nearest known names, or all of them.
 
     Args:

@@ -16,7 +16,7 @@ import psutil
 
 from gteopt.cores import cgroup_limits, n_cores
 from gteopt.errors import InputError, UnsupportedError
-from gteopt.records.environment import Conditions, Machine
+from gteopt.records.environment import Conditions, MachineRecord
 
 _LIBRARIES = (
     "gteopt",
@@ -63,12 +63,12 @@ def parse_devices(names: str) -> list[str]:
     return devices
 
 
-def machine() -> Machine:
+def describe_machine() -> MachineRecord:
     """The machine within the limits of the container and the process's affinity.
 
     Imports torch for the name of the GPU.
     """
-    return Machine(
+    return MachineRecord(
         cpu=_cpu(),
         n_cores=n_cores(),
         memory_bytes=_memory_bytes(),
@@ -78,7 +78,7 @@ def machine() -> Machine:
     )
 
 
-def versions() -> Conditions:
+def read_library_versions() -> Conditions:
     """Installed versions of the libraries that results depend on, without importing them."""
     return {name: _version(name) for name in _LIBRARIES}
 
@@ -109,7 +109,7 @@ def _memory_bytes() -> int:
 
 
 def _gpu() -> str | None:
-    import torch  # takes seconds, and `versions` and the report do not need it
+    import torch  # takes seconds, and `read_library_versions` and the report do not need it
 
     if not torch.cuda.is_available():
         return None
@@ -126,7 +126,7 @@ def gpu_name(device: str) -> str | None:
     return torch.cuda.get_device_name(device)
 
 
-def give_back() -> None:
+def release_freed_memory() -> None:
     """Return freed memory to the system.
 
     glibc keeps freed memory that lies between blocks in use. Without this call, a build's process

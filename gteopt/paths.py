@@ -23,7 +23,7 @@ def shipped_dir(kind: str) -> Path:
     return inside_wheel if inside_wheel.is_dir() else _PACKAGE.parent / kind
 
 
-def read_shipped(path: Path, model: type[_Shipped]) -> _Shipped:
+def read_shipped_json(path: Path, model: type[_Shipped]) -> _Shipped:
     """Read a JSON file that ships with gteopt.
 
     Raises:

@@ -1,6 +1,7 @@
 """How long steps report their progress.
 
-A step calls `progress(what, done, total)`; `quiet` drops the call. Bars are in `cli.progress_bars`.
+A step calls `progress(what, done, total)`; `ignore_progress` drops the call. Bars are in
+`cli.progress_bars`.
 """
 
 from __future__ import annotations
@@ -15,5 +16,5 @@ class Progress(Protocol):
         """`done` of `total` units of the step `what` are finished."""
 
 
-def quiet(what: str, done: int, total: int) -> None:
+def ignore_progress(what: str, done: int, total: int) -> None:
     """The progress receiver that shows nothing (the default from Python)."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gteopt import cores
-from gteopt.machine import machine
+from gteopt.machine import describe_machine
 
 NO_QUOTA = "max 100000"
 
@@ -57,7 +57,7 @@ def test_limits_of_the_first_version_of_control_groups_are_read(groups: Path) ->
     ):
         (groups / name).parent.mkdir(exist_ok=True)
         (groups / name).write_text(content + "\n")
-    assert (cores.n_cores(), machine().memory_bytes) == (3, 1_000_000)
+    assert (cores.n_cores(), describe_machine().memory_bytes) == (3, 1_000_000)
     (groups / "cpu/cpu.cfs_quota_us").write_text("-1\n")
     assert cores.n_cores() == 16
 

@@ -21,7 +21,7 @@ from gteopt.cli.app import app
 from gteopt.config.plan import Plan
 from gteopt.config.policy import Metric, Policy
 from gteopt.config.recipe import Recipe
-from gteopt.config.yaml_files import shipped_names
+from gteopt.config.yaml_files import list_shipped_names
 from gteopt.model.families import PUBLISHED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -276,7 +276,7 @@ def test_every_family_of_a_published_model_is_in_the_readme() -> None:
 
 
 def test_every_shipped_recipe_that_changes_weights_names_a_paper() -> None:
-    texts = {name: (ROOT / "recipes" / f"{name}.yaml") for name in shipped_names("recipes")}
+    texts = {name: (ROOT / "recipes" / f"{name}.yaml") for name in list_shipped_names("recipes")}
     assert [n for n, path in texts.items() if "https://arxiv.org/abs/" not in path.read_text()] == [
         "bf16"
     ]

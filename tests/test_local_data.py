@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from gteopt.build.calibration_texts import draw_texts
+from gteopt.build.calibration_texts import draw_calibration_texts
 from gteopt.config.recipe import Calibration
 from gteopt.errors import InputError
 from gteopt.evaluation.suites import Suite
-from gteopt.evaluation.tasks import load_data, resolve
+from gteopt.evaluation.tasks import load_task_data, resolve_tasks
 from gteopt.local_data import describe_local_data
 
 READ = """
@@ -61,8 +61,8 @@ def loaded(hub: Path) -> tuple[str, int, float]:
     """Revision, number of pairs and first grade of STSBenchmark as a suite reads it."""
     tasks = [{"task": "STSBenchmark", "splits": ["test"]}]
     suite = Suite.model_validate({"schema": "gteopt.suite/1", "name": "test", "tasks": tasks})
-    (task,) = resolve(suite, hub)
-    load_data([task])
+    (task,) = resolve_tasks(suite, hub)
+    load_task_data([task])
     rows: Any = task.task.dataset["test"]
     return task.revision, len(rows), rows[0]["score"]
 
@@ -123,9 +123,9 @@ def test_calibration_texts_of_a_replaced_data_set_are_read_anew(tmp_path: Path) 
     folder = tmp_path / "hub" / "org" / "texts"
     spec = Calibration(texts="org/texts", split="test", column="sentence1", n_texts=1000)
     write_pairs(folder, 20, word="old")
-    before = {text.text for text in draw_texts(spec, hub_dir=tmp_path / "hub")}
+    before = {text.text for text in draw_calibration_texts(spec, hub_dir=tmp_path / "hub")}
     write_pairs(folder, 20, word="new")
-    after = {text.text for text in draw_texts(spec, hub_dir=tmp_path / "hub")}
+    after = {text.text for text in draw_calibration_texts(spec, hub_dir=tmp_path / "hub")}
     assert before == {f"old {i}" for i in range(20)}
     assert after == {f"new {i}" for i in range(20)}
 
@@ -144,4 +144,4 @@ def test_a_download_whose_file_was_replaced_is_not_of_its_commit(tmp_path: Path)
     pinned = [{"task": "STSBenchmark", "splits": ["test"], "revision": "a" * 40}]
     suite = Suite.model_validate({"schema": "gteopt.suite/1", "name": "test", "tasks": pinned})
     with pytest.raises(InputError, match=r"test\.jsonl.*changed since the download"):
-        resolve(suite, tmp_path / "hub")
+        resolve_tasks(suite, tmp_path / "hub")

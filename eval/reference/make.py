@@ -18,7 +18,7 @@ import re
 import sys
 from pathlib import Path
 
-from gteopt.config.yaml_files import shipped_names
+from gteopt.config.yaml_files import list_shipped_names
 from gteopt.evaluation.suites import read_suite
 from gteopt.model.families import PUBLISHED
 from gteopt.records.evaluation import Reference, ReferenceAverage, ReferenceScore
@@ -124,7 +124,7 @@ def _or_none(text: str) -> str | None:
 def _wanted() -> set[Key]:
     """Task, split and subset of all tasks in the shipped suites; aggregates also by their parts."""
     keys: set[Key] = set()
-    for name in shipped_names("eval/suites"):
+    for name in list_shipped_names("eval/suites"):
         for entry in read_suite(name).tasks:
             names = [entry.task, *(entry.parts or ())]
             for split in entry.splits or ("test",):

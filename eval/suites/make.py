@@ -32,10 +32,10 @@ import numpy.typing as npt
 import yaml
 from scipy.stats import spearmanr
 
-from gteopt.config.yaml_files import read_yaml, shipped_names
+from gteopt.config.yaml_files import list_shipped_names, read_yaml
 from gteopt.evaluation.mini_tasks import MINI_TASKS
 from gteopt.evaluation.suites import Suite, SuiteTask
-from gteopt.evaluation.task_facts import amount_of, read_task_facts
+from gteopt.evaluation.task_facts import read_task_facts, task_amount
 
 FOLDER = Path(__file__).parent
 TOKENS_PER_S = 36_000  # assumed for a 7B encoder in bf16 on one H200, with short and long texts
@@ -187,7 +187,7 @@ def main(reference: Path) -> None:
         for task in tasks:
             if task.metadata.is_public:
                 _merge(facts, task)
-    for name in shipped_names("eval/suites"):
+    for name in list_shipped_names("eval/suites"):
         for entry in read_yaml(FOLDER / f"{name}.yaml", Suite).tasks:
             if entry.task not in facts and not entry.task.startswith("Mini"):
                 _merge(facts, mteb.get_task(entry.task, eval_splits=list(entry.splits or ())))
@@ -352,7 +352,7 @@ def _choose(
 def _task_minutes(task: Any) -> float:
     """Minutes to encode a task's texts at the assumed rate."""
     entry = SuiteTask.model_validate(yaml.safe_load(_entry(task))[0])
-    amount = amount_of(entry)
+    amount = task_amount(entry)
     assert amount is not None
     return amount.n_tokens / TOKENS_PER_S / 60
 

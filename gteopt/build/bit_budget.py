@@ -15,13 +15,13 @@ from torch import nn
 
 from gteopt.build.layer_plan import LayerPlan
 from gteopt.build.replay import StateSpill
-from gteopt.build.sensitivity import DEEP_BLOCKS, estimate, measure
+from gteopt.build.sensitivity import DEEP_BLOCKS, estimate_sensitivity, measure_sensitivity
 from gteopt.build.stage import ALLOCATION, BuildRun
 from gteopt.config.recipe import GptqWeights, LayerScheme
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
 from gteopt.quant.affine import packed_bytes
-from gteopt.quant.bit_allocation import allocate
+from gteopt.quant.bit_allocation import allocate_bits
 from gteopt.records.files import write_atomically
 from gteopt.records.manifest import AllocationRecord, UnquantizedRecord
 
@@ -58,7 +58,7 @@ def allocate_schemes(
         )
     is_deep = len(list(encoder.module.get_submodule(plan.blocks).children())) > DEEP_BLOCKS
     losses = _sensitivities(run, encoder, plan.choices, tokens, is_deep)
-    picked = allocate(
+    picked = allocate_bits(
         [(*losses[name], 0.0) for name in losses], [sizes.n_bytes[name] for name in losses], n_bytes
     )
     chosen = dict(zip(losses, picked, strict=True))
@@ -128,10 +128,12 @@ def _sensitivities(
         few = tokens[:SENSITIVITY_TEXTS]
         if is_deep:
             spill = StateSpill(run.activation_bytes, run.activations)
-            walks = estimate(encoder, few, missing, spill=spill, progress=run.progress)
+            walks = estimate_sensitivity(encoder, few, missing, spill=spill, progress=run.progress)
         else:
             n_bytes = run.activation_bytes
-            walks = measure(encoder, few, missing, state_bytes=n_bytes, progress=run.progress)
+            walks = measure_sensitivity(
+                encoder, few, missing, state_bytes=n_bytes, progress=run.progress
+            )
         for measured in walks:
             losses |= measured
             write_atomically(stored, _LOSSES.dump_json(losses))

@@ -17,31 +17,36 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gteopt.build.kept_states import KeptStates
-from gteopt.build.layer_plan import LayerPlan, effort, needs_original, shortens
-from gteopt.build.layers import LayerInputs, memory_errors, solve_layers
+from gteopt.build.layer_plan import (
+    LayerPlan,
+    effort_of_recipe,
+    needs_original_blocks,
+    shortens_vectors,
+)
+from gteopt.build.layers import LayerInputs, layer_memory_errors, solve_layers
 from gteopt.build.replay import (
     Block,
     BlockInput,
-    Original,
+    OriginalBlock,
     accumulate_hessian,
-    advance_,
     copy_block,
+    order_block_layers,
+    replay_block_,
     replay_dtype,
-    running_order,
-    watch_inputs,
+    watch_layer_inputs,
 )
 from gteopt.build.smoothing import smooth_block_
 from gteopt.build.st_folder import WEIGHTS
 from gteopt.build.tensor_files import save_tensors
-from gteopt.build.tuning import BLOCK_SCHEDULES, SCHEDULES, Tuned, tune, tune_block
+from gteopt.build.tuning import BLOCK_SCHEDULES, SCHEDULES, TuningResult, tune_block, tune_model
 from gteopt.config.recipe import GptqWeights, NoWeights, Recipe, RtnWeights
 from gteopt.encoder.description import RuntimeOptions
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import empty_, fill_, load_checkpoint
+from gteopt.encoder.loading import load_checkpoint, load_weights_, unload_weights_
 from gteopt.encoder.packed_weights import swap_linear_
 from gteopt.errors import NumericsError
 from gteopt.frozen import Frozen
-from gteopt.machine import give_back
+from gteopt.machine import release_freed_memory
 from gteopt.progress import Progress
 from gteopt.quant import gptq
 from gteopt.quant.affine import PARTS, PackedWeight, QuantizedWeight, pack, snr_db
@@ -93,7 +98,7 @@ def quantize_blocks(
     encoder = build.encoder
     # The original model runs beside the quantized model only if a solver compares them. A build
     # without inputs has nothing left to solve.
-    compares = bool(inputs) and needs_original(build.recipe, build.plan)
+    compares = bool(inputs) and needs_original_blocks(build.recipe, build.plan)
     states = _States(
         quantized=inputs,
         original=[batch.copy() for batch in inputs] if compares else None,
@@ -101,7 +106,7 @@ def quantize_blocks(
     )
     batches = [*states.quantized, *(states.original or ())]
     first = kept.n_blocks(batches) if batches else 0
-    if not all(notes_path(shard_path(shards, i)).is_file() for i in range(first)):
+    if not all(block_notes_path(block_shard_path(shards, i)).is_file() for i in range(first)):
         first = 0
     if first:
         kept.restore_(batches)
@@ -109,10 +114,10 @@ def quantize_blocks(
     activity = f"quantizing {encoder.checkpoint.id} with {build.recipe.name}"
     for i, block in enumerate(blocks):
         build.progress(activity, i, len(blocks))
-        shard = shard_path(shards, i)
+        shard = block_shard_path(shards, i)
         feeds_next = bool(inputs) and first <= i < len(blocks) - 1
-        is_stored = notes_path(shard).is_file()
-        with memory_errors(block.name):
+        is_stored = block_notes_path(shard).is_file()
+        with layer_memory_errors(block.name):
             if is_stored:
                 done, tensors = _resume_block_(build, block, states, shard, feeds_next)
             else:
@@ -120,15 +125,15 @@ def quantize_blocks(
             if feeds_next:
                 # The next block reads outputs of the stored block, whichever run has made it.
                 reload_block_(encoder, block, tensors, done.layers, states.dtype)
-                advance_(block, inputs)
+                replay_block_(block, inputs)
             if feeds_next and not is_stored:
                 kept.keep(i + 1, batches)
-            if shortens(build.recipe):
+            if shortens_vectors(build.recipe):
                 reload_block_(encoder, block, tensors, done.layers, encoder.dtype)
             else:
-                empty_(encoder, block.name)
+                unload_weights_(encoder, block.name)
         del tensors
-        give_back()
+        release_freed_memory()
         finished.append(done)
     build.progress(activity, len(blocks), len(blocks))
     tunings = [done.tuning for done in finished if done.tuning is not None]
@@ -160,12 +165,12 @@ def _resume_block_(
 
     The original block advances the original model's hidden states.
     """
-    done = _ShardNotes.model_validate_json(notes_path(shard).read_bytes())
+    done = _ShardNotes.model_validate_json(block_notes_path(shard).read_bytes())
     tensors = load_file(shard)
     if states.original is not None and feeds_next:
-        fill_(build.encoder, block.name, states.dtype)
+        load_weights_(build.encoder, block.name, states.dtype)
         _smooth_(build, block, states.quantized)
-        advance_(block, states.original)
+        replay_block_(block, states.original)
     return done, tensors
 
 
@@ -174,14 +179,14 @@ def _make_block_(
 ) -> tuple[_ShardNotes, dict[str, Tensor]]:
     """Quantize a block, tune it if the plan says so, and store it."""
     encoder = build.encoder
-    fill_(encoder, block.name, states.dtype)
+    load_weights_(encoder, block.name, states.dtype)
     states.order = _order(block, states.quantized, states.order)
     records, packed, original = _quantize_block_(build, block, states)
     done = _ShardNotes(layers=records)
     tensors = _shard_tensors(block, packed, encoder.dtype)
     if states.original is not None and original is not None:
-        advance_(original, states.original)
-        schedule = BLOCK_SCHEDULES[effort(build.recipe)]
+        replay_block_(original, states.original)
+        schedule = BLOCK_SCHEDULES[effort_of_recipe(build.recipe)]
         if build.plan.tune_by == "block" and schedule is not None:
             start = _codes(records, tensors, encoder.device)
             tuned = tune_block(original, start, states.quantized, states.original, schedule)
@@ -191,7 +196,7 @@ def _make_block_(
             )
     del original  # frees its memory before the file is written
     save_tensors(shard, tensors)
-    write_atomically(notes_path(shard), done.model_dump_json().encode())
+    write_atomically(block_notes_path(shard), done.model_dump_json().encode())
     return done, tensors
 
 
@@ -229,7 +234,7 @@ def _replace_tuned_(
     tensors: dict[str, Tensor],
     records: Sequence[LayerRecord],
     originals: Mapping[str, Tensor],
-    tuned: Tuned,
+    tuned: TuningResult,
 ) -> tuple[LayerRecord, ...]:
     """Replace the solver's packed layers, norms and biases by the tuned ones.
 
@@ -270,7 +275,7 @@ def _order(block: Block, inputs: Sequence[BlockInput], earlier: list[list[str]])
         return earlier
     if not inputs:
         return [names]
-    return [[name[n_prefix:] for name in group] for group in running_order(block, inputs)]
+    return [[name[n_prefix:] for name in group] for group in order_block_layers(block, inputs)]
 
 
 @torch.inference_mode()
@@ -296,20 +301,20 @@ def _quantize_block_(
     smoothed = _smooth_(build, block, states.quantized)
     # Copied after smoothing, because smoothing scales the inputs that both blocks must read.
     original = copy_block(block) if states.original is not None else None
-    compared: Original | None = None
+    compared: OriginalBlock | None = None
     if isinstance(weights, GptqWeights) and weights.gptaq_strength > 0:
         assert original is not None
         assert states.original is not None
-        compared = Original(original, states.original)
+        compared = OriginalBlock(original, states.original)
     for group in states.order:
         wanted = [name for part in group if (name := f"{block.name}.{part}") in linears]
         if not wanted:
             continue
         inputs: LayerInputs | None = None
         if isinstance(weights, GptqWeights):
-            with memory_errors(wanted[0]):
+            with layer_memory_errors(wanted[0]):
                 inputs = _read_inputs(block, wanted, states.quantized, compared, weights)
-            give_back()  # the memory of the block's run, before the solver needs memory
+            release_freed_memory()  # the memory of the block's run, before the solver needs memory
         for name in wanted:
             if not gptq.is_finite(linears[name].weight):
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
@@ -342,13 +347,13 @@ def _read_inputs(
     block: Block,
     layers: Sequence[str],
     inputs: Sequence[BlockInput],
-    compared: Original | None,
+    compared: OriginalBlock | None,
     weights: GptqWeights,
 ) -> LayerInputs:
     """Statistics of the inputs of these layers, which all read the same tensor."""
     grid, mean, loss = None, None, None
     if weights.scheme.activation_static:
-        kinds = watch_inputs(block, layers[0], inputs)
+        kinds = watch_layer_inputs(block, layers[0], inputs)
         linears = block.linears()
         squares = [linears[name].weight.float().square().sum(0) for name in layers]
         fitted = fit_held_out(kinds, torch.stack(squares).sum(0))
@@ -410,18 +415,18 @@ def tune_blocks(
     """
     encoder, recipe = build.encoder, build.recipe
     done = stage / WEIGHTS / "tuned.json"
-    shards = {i: load_file(shard_path(stage / SOLVED, i)) for i in range(len(blocks))}
+    shards = {i: load_file(block_shard_path(stage / SOLVED, i)) for i in range(len(blocks))}
     if done.is_file():
         written = _ShardNotes.model_validate_json(done.read_bytes())
     else:
-        schedule = SCHEDULES[effort(recipe)]
+        schedule = SCHEDULES[effort_of_recipe(recipe)]
         assert schedule is not None
         options = RuntimeOptions(str(encoder.device), "float32")
         teacher = load_checkpoint(encoder.checkpoint, options)
         start: dict[str, QuantizedWeight] = {}
         for tensors in shards.values():
             start |= _codes(solved, tensors, encoder.device)
-        result = tune(teacher, start, tokens, schedule, progress=build.progress)
+        result = tune_model(teacher, start, tokens, schedule, progress=build.progress)
         originals = {
             name: module.weight
             for name, module in teacher.module.named_modules()
@@ -430,23 +435,23 @@ def tune_blocks(
         layers: list[LayerRecord] = []
         for i, tensors in shards.items():
             layers += _replace_tuned_(tensors, solved, originals, result)
-            save_tensors(shard_path(stage / WEIGHTS, i), tensors)
+            save_tensors(block_shard_path(stage / WEIGHTS, i), tensors)
         written = _ShardNotes(layers=tuple(layers), tuning=result.record)
         write_atomically(done, written.model_dump_json().encode())
-    if shortens(recipe):
+    if shortens_vectors(recipe):
         for i, block in enumerate(blocks):
             records = [layer for layer in written.layers if layer.name.startswith(f"{block.name}.")]
-            tensors = load_file(shard_path(stage / WEIGHTS, i))
+            tensors = load_file(block_shard_path(stage / WEIGHTS, i))
             reload_block_(encoder, block, tensors, records, encoder.dtype)
     assert written.tuning is not None
     return written.layers, written.tuning
 
 
-def shard_path(folder: Path, block: int) -> Path:
+def block_shard_path(folder: Path, block: int) -> Path:
     return folder / f"block-{block:03}.safetensors"
 
 
-def notes_path(shard: Path) -> Path:
+def block_notes_path(shard: Path) -> Path:
     """The file that marks a shard as complete and holds the records of its layers."""
     return shard.with_suffix(".json")
 

@@ -17,7 +17,7 @@ import torch
 from gteopt.config.recipe import GptqWeights, LayerScheme, NoWeights, Recipe
 from gteopt.cores import n_cores
 from gteopt.quant.grid_search import fit_grids
-from gteopt.quant.products import product
+from gteopt.quant.products import matrix_product
 
 # Rates of one core, fitted to builds of all-MiniLM-L6-v2.
 _ROUNDED_PER_S = 1.0e7  # weights rounded to nearest
@@ -37,7 +37,7 @@ Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Rates:
+class BuildRates:
     """What one core of this machine does in a second of CPU time.
 
     Attributes:
@@ -50,7 +50,7 @@ class Rates:
 
 
 @lru_cache
-def measure_rates() -> Rates:
+def measure_build_rates() -> BuildRates:
     """Measure the speed of the solver's work on one thread; the result is cached."""
     n_threads = torch.get_num_threads()
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +58,7 @@ def measure_rates() -> Rates:
     scheme = LayerScheme(bits=4, group_size=128, symmetric=False)
     try:
         torch.set_num_threads(1)
-        multiplied = min(_cpu_seconds(lambda: product(a, b)) for _ in range(_TRIES))
+        multiplied = min(_cpu_seconds(lambda: matrix_product(a, b)) for _ in range(_TRIES))
         rows = a[:256]
         searched = min(
             _cpu_seconds(lambda: fit_grids(rows, scheme, [b[0].square(), None], clip_search=True))
@@ -66,7 +66,7 @@ def measure_rates() -> Rates:
         )
     finally:
         torch.set_num_threads(n_threads)
-    return Rates(2 * 1024**3 * _SUSTAINED / multiplied, rows.numel() * _SUSTAINED / searched)
+    return BuildRates(2 * 1024**3 * _SUSTAINED / multiplied, rows.numel() * _SUSTAINED / searched)
 
 
 def _cpu_seconds(work: Callable[[], object]) -> float:
@@ -75,7 +75,7 @@ def _cpu_seconds(work: Callable[[], object]) -> float:
     return max(time.process_time() - started, 1e-6)
 
 
-def build_seconds(
+def estimate_build_seconds(
     recipe: Recipe,
     schemes: Mapping[str, LayerScheme],
     shapes: Mapping[str, Shape],
@@ -109,7 +109,7 @@ def build_seconds(
         work += n_tokens * columns**2 + 2 * columns**3 // 3 + 4 * rows * columns**2
         if weights.gptaq_strength:  # the correction, by two triangular products
             work += 2 * rows * columns**2
-    rates = measure_rates()
+    rates = measure_build_rates()
     seconds = work / (rates.flops * cores) + n_weights / (rates.searched * cores)
     if weights.budget is not None:
         seconds += n_choices * n_weights / (_TRIED_PER_S * cores)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from gteopt.config.recipe import Calibration, GptqWeights, Recipe
-from gteopt.config.text_files import is_unicode, read_lines, read_rows
+from gteopt.config.text_files import is_unicode, read_text_lines, read_text_rows
 from gteopt.encoder.tokenization import Role, Tokenization, Tokens
 from gteopt.errors import InputError, join_problems
 from gteopt.local_data import describe_local_data
@@ -47,7 +47,9 @@ class CalibrationText:
     kind: str = field(default="", compare=False)
 
 
-def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[CalibrationText, ...]:
+def draw_calibration_texts(
+    spec: Calibration, *, hub_dir: Path | None = None
+) -> tuple[CalibrationText, ...]:
     """Read the recipe's texts, remove duplicates, and draw with the recipe's seed.
 
     In the built-in set, short texts that were written by hand come first, because they are the most
@@ -66,7 +68,7 @@ def draw_texts(spec: Calibration, *, hub_dir: Path | None = None) -> tuple[Calib
     return tuple(texts[: spec.n_texts])
 
 
-def n_random_texts(recipe: Recipe) -> int:
+def count_random_texts(recipe: Recipe) -> int:
     """Number of texts of random tokens that a build of the recipe adds."""
     if recipe.calibration.random_texts is not None:
         return recipe.calibration.random_texts
@@ -75,7 +77,7 @@ def n_random_texts(recipe: Recipe) -> int:
     return _RANDOM_TEXTS if is_static else 0
 
 
-def random_texts(recipe: Recipe, tokenization: Tokenization) -> tuple[CalibrationText, ...]:
+def draw_random_texts(recipe: Recipe, tokenization: Tokenization) -> tuple[CalibrationText, ...]:
     """Texts of tokens that are drawn at random from the whole vocabulary; they are a kind.
 
     A text in another script or language moves a layer's inputs far outside the ranges of the
@@ -87,7 +89,7 @@ def random_texts(recipe: Recipe, tokenization: Tokenization) -> tuple[Calibratio
     special, unknown = set(tokenizer.all_special_ids), tokenizer.unk_token_id
     vocabulary = [i for i in range(len(tokenizer)) if i not in special]
     draw = random.Random(recipe.calibration.seed)
-    n_texts = n_random_texts(recipe)
+    n_texts = count_random_texts(recipe)
     texts = []
     for position in range(n_texts):
         ids = draw.choices(vocabulary, k=_RANDOM_TOKENS)
@@ -97,7 +99,7 @@ def random_texts(recipe: Recipe, tokenization: Tokenization) -> tuple[Calibratio
     return tuple(texts)
 
 
-def tokenize(
+def tokenize_calibration(
     tokenization: Tokenization, texts: Sequence[CalibrationText], max_tokens: int
 ) -> list[Tokens]:
     """Token ids of the texts with their prompts; an instruction is used if the model takes one."""
@@ -118,7 +120,7 @@ def tokenize(
     return [ids_by_position[i] for i in range(len(texts))]
 
 
-def number_kinds(texts: Sequence[CalibrationText]) -> list[int]:
+def number_text_kinds(texts: Sequence[CalibrationText]) -> list[int]:
     """A number for each text's kind, so that one kind can be held out at a time.
 
     If all texts are of one kind, they are cut into four parts. A part that is held out is then new,
@@ -130,7 +132,7 @@ def number_kinds(texts: Sequence[CalibrationText]) -> list[int]:
     return [i % _PARTS for i in range(len(texts))]
 
 
-def record(
+def record_calibration(
     spec: Calibration,
     texts: Sequence[CalibrationText],
     tokens: Sequence[Tokens],
@@ -162,7 +164,7 @@ def record(
     )
 
 
-def few_tokens(n_tokens: int, in_features: int) -> str | None:
+def check_calibration_tokens(n_tokens: int, in_features: int) -> str | None:
     """A warning for a layer that has too few calibration tokens; None if they suffice."""
     if n_tokens >= TOKENS_AN_INPUT * in_features:
         return None
@@ -172,7 +174,7 @@ def few_tokens(n_tokens: int, in_features: int) -> str | None:
     )
 
 
-def with_sentences(texts: Sequence[CalibrationText]) -> list[CalibrationText]:
+def add_document_sentences(texts: Sequence[CalibrationText]) -> list[CalibrationText]:
     """The texts, and the sentences of each document that has several.
 
     Sentences are further samples, because fitting a projection needs several times more vectors
@@ -218,9 +220,9 @@ def _read_file(path: Path, column: str) -> list[CalibrationText]:
     problems: list[str] = []
     texts: list[CalibrationText] = []
     if path.suffix == ".txt":
-        texts = [CalibrationText(line.strip()) for _, line in read_lines(path, problems)]
+        texts = [CalibrationText(line.strip()) for _, line in read_text_lines(path, problems)]
     else:
-        for number, row in read_rows(path, problems):
+        for number, row in read_text_rows(path, problems):
             text, role = row.get(column), row.get("role") or "document"
             instruction, kind = row.get("instruction") or None, row.get("kind") or ""
             if column not in row:

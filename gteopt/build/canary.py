@@ -15,18 +15,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gteopt.build.blocks import reload_block_, shard_path
-from gteopt.build.layers import memory_errors
+from gteopt.build.blocks import block_shard_path, reload_block_
+from gteopt.build.layers import layer_memory_errors
 from gteopt.build.replay import Block
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import empty_
-from gteopt.machine import give_back
+from gteopt.encoder.loading import unload_weights_
+from gteopt.machine import release_freed_memory
 from gteopt.records.canary import CANARY, CanaryRecord
 from gteopt.records.manifest import LayerRecord
 from gteopt.vectors.transform import VectorTransform
 
 
-def canary_of(
+def encode_canary(
     encoder: Encoder,
     transform: VectorTransform,
     *,
@@ -51,7 +51,7 @@ def canary_of(
     """
     if blocks is None or not any(parameter.is_meta for parameter in encoder.module.parameters()):
         return CanaryRecord.of(CANARY, transform.project(encoder.embed([CANARY]))[0])
-    with memory_errors("the text that is checked after loading"):
+    with layer_memory_errors("the text that is checked after loading"):
         vector = _by_block(encoder, blocks, layers, shards)
     return CanaryRecord.of(CANARY, transform.project(vector.cpu().numpy())[0])
 
@@ -67,12 +67,12 @@ def _by_block(encoder: Encoder, blocks: str, layers: Sequence[LayerRecord], shar
             def read(
                 *_: Any, block: Block = block, records: Sequence[LayerRecord] = records, i: int = i
             ) -> None:
-                tensors = load_file(shard_path(shards, i))
+                tensors = load_file(block_shard_path(shards, i))
                 reload_block_(encoder, block, tensors, records, encoder.dtype)
 
             def free(*_: Any, block: Block = block) -> None:
-                empty_(encoder, block.name)
-                give_back()
+                unload_weights_(encoder, block.name)
+                release_freed_memory()
 
             stack.callback(module.register_forward_pre_hook(read).remove)
             stack.callback(module.register_forward_hook(free).remove)

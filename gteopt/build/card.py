@@ -15,7 +15,7 @@ from typing import Any, get_args
 import yaml
 
 from gteopt.config.recipe import Effort, FormatChoice, FormatName, Recipe, load_recipe
-from gteopt.config.yaml_files import shipped_names
+from gteopt.config.yaml_files import list_shipped_names
 from gteopt.errors import InputError
 from gteopt.model.checkpoint import NANO, Checkpoint
 from gteopt.model.config_file import DECODERS
@@ -39,7 +39,7 @@ _MARLIN_BITS = (4, 8)
 _EFFORTS: tuple[Effort | None, ...] = (None, "fast", "standard", "best")
 
 
-def card(
+def render_card(
     manifest: Manifest,
     checkpoint: Checkpoint,
     *,
@@ -189,7 +189,7 @@ def _use(manifest: Manifest, checkpoint: Checkpoint) -> str:
 
 def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
     """One line for each engine: how it opens this folder, or why it must not be used."""
-    from gteopt.encoder.openvino import can_hold  # which imports torch
+    from gteopt.encoder.openvino import openvino_can_hold  # which imports torch
 
     code = manifest.vectors.code
     yield (
@@ -209,7 +209,7 @@ def _engines(manifest: Manifest, checkpoint: Checkpoint) -> Iterator[str]:
             "Transformers, and other engines would pool in another way."
         )
         return
-    if can_hold(checkpoint.config, (layer.scheme for layer in manifest.layers)):
+    if openvino_can_hold(checkpoint.config, (layer.scheme for layer in manifest.layers)):
         yield (
             "**OpenVINO**, the fastest on CPUs: "
             '`gteopt.load("FOLDER", backend="openvino")`, or `gteopt export FOLDER NEW`, then '
@@ -360,7 +360,7 @@ def _made(manifest: Manifest) -> str:
 
 def _shipped(recipe: Recipe) -> list[str] | None:
     """The shipped name and the flags that give exactly this recipe; None if there are none."""
-    if recipe.name not in shipped_names("recipes"):
+    if recipe.name not in list_shipped_names("recipes"):
         return None
     for effort, embedding, format in product(
         _EFFORTS, (False, True), (None, *get_args(FormatChoice))

@@ -17,23 +17,23 @@ from torch import nn
 
 from gteopt.build import tuning
 from gteopt.build.bit_budget import SENSITIVITY_TEXTS
-from gteopt.build.build_time import build_seconds
+from gteopt.build.build_time import estimate_build_seconds
 from gteopt.build.calibration_texts import (
-    draw_texts,
-    few_tokens,
-    n_random_texts,
-    random_texts,
-    tokenize,
+    check_calibration_tokens,
+    count_random_texts,
+    draw_calibration_texts,
+    draw_random_texts,
+    tokenize_calibration,
 )
 from gteopt.build.layer_plan import (
     LayerPlan,
-    n_latent_parameters,
-    needs_original,
+    count_latent_parameters,
+    needs_original_blocks,
     plan_layers,
-    shortens,
+    shortens_vectors,
 )
 from gteopt.build.quantize import ACTIVATION_BYTES
-from gteopt.build.replay import BATCH_TOKENS, emulates_bfloat16, token_batches
+from gteopt.build.replay import BATCH_TOKENS, batch_replay_texts, emulates_bfloat16
 from gteopt.build.sensitivity import DEEP_BLOCKS, N_PROBES
 from gteopt.config.recipe import Calibration, GptqWeights, LayerScheme, Recipe
 from gteopt.encoder.description import parse_dtype
@@ -59,7 +59,7 @@ _KEPT_BYTES, _KEPT_SHARE, _MOST_KEPT_BYTES = 40_000_000, 0.36, 220_000_000
 peak up to a limit. The numbers were measured: benchmarks/results/scale.json."""
 
 
-def estimate(
+def estimate_builds(
     checkpoint: Checkpoint,
     recipes: Iterable[Recipe],
     *,
@@ -82,7 +82,7 @@ def estimate(
     base = _Base(checkpoint, build_skeleton(checkpoint), parse_dtype(dtype).itemsize)
     n_tokens: dict[tuple[Calibration, int], int] = {}
     for recipe in recipes:
-        texts = recipe.calibration, n_random_texts(recipe)
+        texts = recipe.calibration, count_random_texts(recipe)
         try:
             plan = plan_layers(checkpoint, recipe, base.skeleton)
             if texts not in n_tokens:
@@ -118,7 +118,7 @@ def _estimate_build(build: _Build) -> RecipeEstimate:
         device_bytes=base.buffer_bytes + memory.device if build.on_gpu else None,
         disk_bytes=_disk_bytes(build),
         bytes_per_vector=_vector_bytes(base.checkpoint, recipe),
-        build_s=build_seconds(
+        build_s=estimate_build_seconds(
             recipe,
             schemes,
             {name: (layer.out_features, layer.in_features) for name, layer in base.linears.items()},
@@ -129,7 +129,7 @@ def _estimate_build(build: _Build) -> RecipeEstimate:
         format=build.plan.format,
         engines=engines_of_variant(base.checkpoint, recipe, build.plan.format, schemes.values()),
         n_tokens=build.n_tokens if solves else None,
-        warning=few_tokens(build.n_tokens, widest) if solves else None,
+        warning=check_calibration_tokens(build.n_tokens, widest) if solves else None,
         problem=None,
     )
 
@@ -148,7 +148,7 @@ def _wider_scale_bytes(linears: Mapping[str, nn.Linear], schemes: Mapping[str, L
 def count_parameters(checkpoint: Checkpoint) -> int:
     """Parameters of the encoder, without a head such as `lm_head` that the files may hold."""
     n_parameters = sum(p.numel() for p in build_skeleton(checkpoint).parameters())
-    return n_parameters + n_latent_parameters(checkpoint)
+    return n_parameters + count_latent_parameters(checkpoint)
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class _Base:
     def full_bytes(self) -> int:
         """Bytes of all weights without quantization."""
         n_parameters = sum(p.numel() for p in self.skeleton.parameters())
-        return (n_parameters + n_latent_parameters(self.checkpoint)) * self.item_bytes
+        return (n_parameters + count_latent_parameters(self.checkpoint)) * self.item_bytes
 
     @cached_property
     def buffer_bytes(self) -> int:
@@ -250,7 +250,7 @@ class _Build:
     @property
     def n_hidden_kinds(self) -> int:
         """2 if the original model's hidden states are kept beside the quantized model's, else 1."""
-        return 2 if needs_original(self.recipe, self.plan) else 1
+        return 2 if needs_original_blocks(self.recipe, self.plan) else 1
 
 
 def _padded_tokens(checkpoint: Checkpoint, recipe: Recipe, hub_dir: Path | None) -> int:
@@ -258,11 +258,13 @@ def _padded_tokens(checkpoint: Checkpoint, recipe: Recipe, hub_dir: Path | None)
     spec = recipe.calibration
     try:
         tokenization = Tokenization(checkpoint)
-        texts = draw_texts(spec, hub_dir=hub_dir) + random_texts(recipe, tokenization)
-        tokens = tokenize(tokenization, texts, spec.max_tokens)
+        texts = draw_calibration_texts(spec, hub_dir=hub_dir) + draw_random_texts(
+            recipe, tokenization
+        )
+        tokens = tokenize_calibration(tokenization, texts, spec.max_tokens)
     except GteoptError:
         return spec.n_texts * spec.max_tokens
-    return sum(len(batch) * max(map(len, batch)) for batch in token_batches(tokens))
+    return sum(len(batch) * max(map(len, batch)) for batch in batch_replay_texts(tokens))
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,7 @@ def _memory(build: _Build) -> _Memory:
     inside = f"{blocks_name}.{largest}."
     linears = {name: layer for name, layer in base.linears.items() if name.startswith(inside)}
     resident = frame
-    if shortens(build.recipe):
+    if shortens_vectors(build.recipe):
         resident += build.packed_bytes
     work = resident + _block_bytes(build, linears, sizes[largest])
     if plan.choices:
@@ -311,7 +313,9 @@ def _memory(build: _Build) -> _Memory:
     if plan.tune_by == "model":
         n_other = count_parameters(base.checkpoint) - build.n_quantized
         n_layers = int(base.checkpoint.config["num_hidden_layers"])
-        tuned = frame + tuning.work_bytes(build.n_quantized, n_other, n_layers, base.hidden_size)
+        tuned = frame + tuning.estimate_tuning_bytes(
+            build.n_quantized, n_other, n_layers, base.hidden_size
+        )
         work, host = max(work, tuned), host if build.on_gpu else max(host, tuned)
     return _Memory(host, work if build.on_gpu else 0)
 
@@ -419,7 +423,7 @@ def _block_bytes(build: _Build, linears: Mapping[str, nn.Linear], n_parameters: 
         n_cross_rows = 0
         if uses_gptaq:
             n_cross_rows = min(rows, columns) if readers[columns] == 1 else columns
-        solving = gptq.work_bytes(rows, columns, n_cross_rows=n_cross_rows)
+        solving = gptq.gptq_work_bytes(rows, columns, n_cross_rows=n_cross_rows)
         accumulating = 4 * columns * (columns + n_cross_rows) + running
         accumulating += (3 if uses_gptaq else 1) * 4 * n_batch * columns
         peak = max(peak, loaded + solving, loaded + accumulating)
@@ -429,7 +433,9 @@ def _block_bytes(build: _Build, linears: Mapping[str, nn.Linear], n_parameters: 
     if build.plan.tune_by == "block":
         n_weights = sum(w.numel() for w in planned)
         n_other = n_parameters - n_weights
-        peak = max(peak, loaded + tuning.block_work_bytes(n_weights, n_other, hidden_size))
+        peak = max(
+            peak, loaded + tuning.estimate_block_tuning_bytes(n_weights, n_other, hidden_size)
+        )
     return hidden + peak
 
 

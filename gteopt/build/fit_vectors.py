@@ -11,16 +11,21 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from gteopt.build.calibration_texts import CalibrationText, draw_texts, tokenize, with_sentences
-from gteopt.build.layer_plan import shortens
+from gteopt.build.calibration_texts import (
+    CalibrationText,
+    add_document_sentences,
+    draw_calibration_texts,
+    tokenize_calibration,
+)
+from gteopt.build.layer_plan import shortens_vectors
 from gteopt.config.recipe import Dims, Recipe, VectorCode, Vectors
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
 from gteopt.model.checkpoint import Checkpoint
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 from gteopt.records.manifest import Similarity
-from gteopt.vectors.fit import check_bytes, fit
-from gteopt.vectors.transform import VectorTransform, identity
+from gteopt.vectors.fit import check_vector_bytes, fit_vector_transform
+from gteopt.vectors.transform import VectorTransform, identity_transform
 
 
 def fit_transforms(
@@ -29,7 +34,7 @@ def fit_transforms(
     codes: Sequence[VectorCode],
     *,
     hub_dir: Path | None = None,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> list[VectorTransform]:
     """Fit the transforms that `truncate` would fit on the encoder, for each length in each code.
 
@@ -60,20 +65,21 @@ def fit_transforms(
             if vectors.code != code:
                 vectors = Vectors(code=code, rescore=source.vectors.rescore)
             recipe = source.model_copy(update={"dims": shorter, "vectors": vectors})
-            check_vectors(recipe, encoder.checkpoint)
+            check_vector_recipe(recipe, encoder.checkpoint)
             recipes.append(recipe)
-    # If nothing is fitted, `fit` reads only the width of this array, so no rows are needed.
+    # If nothing is fitted, only the width of this array is read, so no rows are needed.
     fitted_on = np.zeros((0, encoder.full_dims), np.float32)
     if any(_is_fitted(recipe) for recipe in recipes):
-        texts = draw_texts(source.calibration, hub_dir=hub_dir)
+        texts = draw_calibration_texts(source.calibration, hub_dir=hub_dir)
         fitted_on = _calibration_vectors(encoder, source, texts, progress)
     similarity: Similarity = "cosine" if encoder.checkpoint.unit_vectors else "dot"
     return [
-        fit(fitted_on, recipe.dims, recipe.vectors, similarity=similarity) for recipe in recipes
+        fit_vector_transform(fitted_on, recipe.dims, recipe.vectors, similarity=similarity)
+        for recipe in recipes
     ]
 
 
-def needs_texts(recipe: Recipe) -> bool:
+def needs_calibration_texts(recipe: Recipe) -> bool:
     """Whether a build of the recipe needs calibration texts."""
     return recipe.weights.method == "gptq" or _is_fitted(recipe)
 
@@ -85,7 +91,7 @@ def _is_fitted(recipe: Recipe) -> bool:
     return shortened or vectors.centred or vectors.code not in ("float32", "binary")
 
 
-def check_vectors(recipe: Recipe, checkpoint: Checkpoint) -> None:
+def check_vector_recipe(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Check before the slow work that the model can give the recipe's vectors.
 
     Raises:
@@ -99,7 +105,7 @@ def check_vectors(recipe: Recipe, checkpoint: Checkpoint) -> None:
             f"it was trained for: {trained})"
         )
     if n_bytes is not None:
-        check_bytes(checkpoint.dims, n_bytes)
+        check_vector_bytes(checkpoint.dims, n_bytes)
 
 
 def fit_vectors(
@@ -112,20 +118,22 @@ def fit_vectors(
     """
     kept = encoder.checkpoint.truncate_dim
     similarity: Similarity = "cosine" if encoder.checkpoint.unit_vectors else "dot"
-    if not shortens(recipe):
-        return identity(encoder.full_dims, kept=kept, similarity=similarity)
+    if not shortens_vectors(recipe):
+        return identity_transform(encoder.full_dims, kept=kept, similarity=similarity)
     vectors = _calibration_vectors(encoder, recipe, texts, progress)
     dims = recipe.dims
     if dims is None and kept is not None and recipe.vectors.bytes is None:
         dims = Dims(n=kept, method="slice")
-    return fit(vectors, dims, recipe.vectors, similarity=similarity)
+    return fit_vector_transform(vectors, dims, recipe.vectors, similarity=similarity)
 
 
 def _calibration_vectors(
     encoder: Encoder, recipe: Recipe, texts: Sequence[CalibrationText], progress: Progress
 ) -> npt.NDArray[np.float32]:
     """Vectors [N, full_dims] of the calibration texts and their sentences."""
-    tokens = tokenize(encoder.tokenization, with_sentences(texts), recipe.calibration.max_tokens)
+    tokens = tokenize_calibration(
+        encoder.tokenization, add_document_sentences(texts), recipe.calibration.max_tokens
+    )
     vectors = np.empty((len(tokens), encoder.full_dims), np.float32)
     done = 0
     for positions, batch in encoder.tokenization.batches(tokens, 32):

@@ -29,7 +29,7 @@ from gteopt.config.recipe import (
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.errors import InputError, UnsupportedError, join_problems
 from gteopt.formats import choose_format
-from gteopt.formats.packed import Shape
+from gteopt.formats.packed import LinearShape
 from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint
 from gteopt.quant.grid import group_size_problems
 from gteopt.records.manifest import EXPERTS, UnquantizedRecord
@@ -109,7 +109,7 @@ def plan_layers(
     _check_embedding_and_format(checkpoint, recipe, n_layers=len(schemes))
     format: FormatName | None = None
     if schemes:
-        shapes = {n: Shape(linears[n].out_features, linears[n].in_features) for n in schemes}
+        shapes = {n: LinearShape(linears[n].out_features, linears[n].in_features) for n in schemes}
         format = _plan_format(checkpoint, recipe, schemes, choices, shapes)
     return LayerPlan(
         schemes=schemes,
@@ -211,14 +211,14 @@ def _tune_by(recipe: Recipe, n_weights: int) -> Literal["model", "block"] | None
     return weights.tune_by
 
 
-def needs_original(recipe: Recipe, plan: LayerPlan) -> bool:
+def needs_original_blocks(recipe: Recipe, plan: LayerPlan) -> bool:
     """Whether the original of each block runs beside the quantized block."""
     uses_gptaq = isinstance(recipe.weights, GptqWeights) and recipe.weights.gptaq_strength > 0
     return uses_gptaq or plan.tune_by == "block"
 
 
 def _latent_record(checkpoint: Checkpoint) -> tuple[UnquantizedRecord, ...]:
-    n_parameters = n_latent_parameters(checkpoint)
+    n_parameters = count_latent_parameters(checkpoint)
     if not n_parameters:
         return ()
     name = LATENT_PREFIX.removesuffix(".")
@@ -226,7 +226,7 @@ def _latent_record(checkpoint: Checkpoint) -> tuple[UnquantizedRecord, ...]:
     return (UnquantizedRecord(name=name, n_parameters=n_parameters, reason=reason),)
 
 
-def n_latent_parameters(checkpoint: Checkpoint) -> int:
+def count_latent_parameters(checkpoint: Checkpoint) -> int:
     """Parameters of a latent-attention pooling; 0 if the model has none."""
     shapes = dict(checkpoint.tensors)
     file = checkpoint.folder / LATENT_FILE
@@ -236,7 +236,7 @@ def n_latent_parameters(checkpoint: Checkpoint) -> int:
     return sum(math.prod(s) for name, s in shapes.items() if name.startswith(LATENT_PREFIX))
 
 
-def embedding_name(module: nn.Module) -> str:
+def find_embedding_layer(module: nn.Module) -> str:
     table = module.get_input_embeddings()  # type: ignore[operator]
     return next(str(name) for name, part in module.named_modules() if part is table)
 
@@ -258,7 +258,7 @@ def _plan_format(
     recipe: Recipe,
     schemes: Mapping[str, LayerScheme],
     choices: Mapping[str, tuple[LayerScheme, ...]],
-    shapes: Mapping[str, Shape],
+    shapes: Mapping[str, LinearShape],
 ) -> FormatName:
     """The format for these layers; with a budget, a format that can hold every choice."""
     if recipe.embedding == "int8" or checkpoint.latent is not None:
@@ -283,7 +283,7 @@ def _unquantized(
     reasons: Mapping[str, str],
 ) -> tuple[UnquantizedRecord, ...]:
     """Every module with its own parameters that is not quantized, with the reason."""
-    table = embedding_name(skeleton) if recipe.embedding == "int8" else None
+    table = find_embedding_layer(skeleton) if recipe.embedding == "int8" else None
     modules = [
         record
         for record in _unquantized_modules(skeleton, schemes, reasons)
@@ -318,10 +318,10 @@ def _unquantized_modules(
         yield UnquantizedRecord(name=name, n_parameters=n, reason=reason)
 
 
-def shortens(recipe: Recipe) -> bool:
+def shortens_vectors(recipe: Recipe) -> bool:
     """Whether the recipe changes the vectors' dimensions or code."""
     return recipe.dims is not None or recipe.vectors.code != "float32"
 
 
-def effort(recipe: Recipe) -> Effort:
+def effort_of_recipe(recipe: Recipe) -> Effort:
     return recipe.weights.effort if isinstance(recipe.weights, GptqWeights) else "fast"

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gteopt.build.calibration_texts import few_tokens
+from gteopt.build.calibration_texts import check_calibration_tokens
 from gteopt.build.layer_plan import LayerPlan
 from gteopt.config.recipe import GptqWeights, LayerScheme, RtnWeights
 from gteopt.errors import RESUMES, GteoptError, NumericsError, is_out_of_memory
@@ -54,7 +54,7 @@ class LayerInputs:
     def factorised(self, name: str, weights: GptqWeights) -> LayerInputs:
         """A copy with the factor; `name` names the layer in errors."""
         try:
-            factor = gptq.prepare(self.statistics.hessian, _options(weights))
+            factor = gptq.prepare_gptq(self.statistics.hessian, _options(weights))
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
         return replace(self, factor=factor)
@@ -112,7 +112,7 @@ def quantize_layer(
         output_snr = result.output_snr_db
         if result.damping > weights.damping:
             notes.append(f"damping raised to {result.damping:g} for the factorization")
-        if too_few := few_tokens(inputs.statistics.n_rows, weight.shape[1]):
+        if too_few := check_calibration_tokens(inputs.statistics.n_rows, weight.shape[1]):
             notes.append(too_few)
         if result.n_dead:
             notes.append(f"{result.n_dead} input features never active in calibration")
@@ -160,7 +160,7 @@ def solve_layers(
     def solve(name: str, device: str) -> tuple[LayerRecord, QuantizedWeight]:
         weight = linears.pop(name).weight
         note = plan.notes.get(name)
-        with memory_errors(name):
+        with layer_memory_errors(name):
             if inputs is not None and device not in shared:
                 shared[device] = inputs.to(device)
                 if len(names) > len(devices) and isinstance(weights, GptqWeights):
@@ -196,7 +196,7 @@ def solve_layers(
 
 
 @contextmanager
-def memory_errors(name: str) -> Iterator[None]:
+def layer_memory_errors(name: str) -> Iterator[None]:
     """Turn out-of-memory errors of host or device into an error that names the layer."""
     try:
         yield

@@ -18,31 +18,38 @@ from gteopt.build.bit_budget import allocate_schemes
 from gteopt.build.blocks import (
     SOLVED,
     BlockBuild,
-    notes_path,
+    block_notes_path,
+    block_shard_path,
     quantize_blocks,
-    shard_path,
     tune_blocks,
 )
 from gteopt.build.calibration_texts import (
-    draw_texts,
-    number_kinds,
-    random_texts,
-    record,
-    tokenize,
+    draw_calibration_texts,
+    draw_random_texts,
+    number_text_kinds,
+    record_calibration,
+    tokenize_calibration,
 )
-from gteopt.build.fit_vectors import check_vectors, needs_texts
+from gteopt.build.fit_vectors import check_vector_recipe, needs_calibration_texts
 from gteopt.build.kept_states import KeptStates
 from gteopt.build.layer_plan import (
     LayerPlan,
-    embedding_name,
-    n_latent_parameters,
-    needs_original,
+    count_latent_parameters,
+    find_embedding_layer,
+    needs_original_blocks,
     plan_layers,
 )
-from gteopt.build.layers import memory_errors
+from gteopt.build.layers import layer_memory_errors
 from gteopt.build.replay import Block, BlockInput, StateSpill, open_blocks, replay_dtype
-from gteopt.build.st_folder import WEIGHTS, write_model
-from gteopt.build.stage import BuildRun, Parts, existing_variant, finish, open_stage, resume_seal
+from gteopt.build.st_folder import WEIGHTS, write_st_folder
+from gteopt.build.stage import (
+    BuildRun,
+    StageParts,
+    find_finished_variant,
+    finish_stage,
+    open_stage,
+    seal_finished_stage,
+)
 from gteopt.config.recipe import GptqWeights, LayerScheme, Recipe, load_recipe
 from gteopt.encoder.description import RuntimeOptions, parse_dtype
 from gteopt.encoder.encoder import Encoder
@@ -50,11 +57,11 @@ from gteopt.encoder.loading import load_checkpoint
 from gteopt.encoder.packed_weights import swap_embedding_
 from gteopt.errors import InputError
 from gteopt.model.artifact import (
-    alone,
+    lock_stage,
     stage_folder,
 )
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 from gteopt.quant.affine import QuantizedWeight, pack, quantize_rtn, ratio_db
 from gteopt.records.manifest import (
     AllocationRecord,
@@ -81,7 +88,7 @@ def quantize(
     devices: Sequence[str] = (),
     dtype: str = "bfloat16",
     activation_bytes: int = ACTIVATION_BYTES,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Manifest:
     """Make the variant that `recipe` describes, and write it to `out`.
 
@@ -129,12 +136,12 @@ def quantize(
             f"{base} is already quantized (by {checkpoint.quantization.get('quant_method')}); "
             f"quantize the model that it was made from"
         )
-    check_vectors(recipe, checkpoint)
+    check_vector_recipe(recipe, checkpoint)
     parse_dtype(dtype)
-    finished = existing_variant(out, recipe, checkpoint.sha256, dtype)
+    finished = find_finished_variant(out, recipe, checkpoint.sha256, dtype)
     if finished is not None:
         return finished
-    with alone(stage_folder(out)):
+    with lock_stage(stage_folder(out)):
         return _quantize(
             BuildRun(
                 checkpoint=checkpoint,
@@ -153,35 +160,39 @@ def quantize(
 def _quantize(run: BuildRun) -> Manifest:
     """The rest of `quantize`, with checked arguments and a lock on the stage folder."""
     checkpoint, recipe = run.checkpoint, run.recipe
-    sealed = resume_seal(run)
+    sealed = seal_finished_stage(run)
     if sealed is not None:
         return sealed
     plan = plan_layers(checkpoint, recipe)
-    texts = draw_texts(recipe.calibration, hub_dir=run.hub_dir) if needs_texts(recipe) else ()
+    texts = (
+        draw_calibration_texts(recipe.calibration, hub_dir=run.hub_dir)
+        if needs_calibration_texts(recipe)
+        else ()
+    )
     stage = open_stage(run)
 
     run.progress(f"loading {checkpoint.id}", 0, 1)
-    with memory_errors("the weights outside of the blocks"):
+    with layer_memory_errors("the weights outside of the blocks"):
         options = RuntimeOptions(run.device, run.dtype)
         encoder = load_checkpoint(checkpoint, options, later=plan.blocks)
     base = describe_base(checkpoint, encoder)
-    random = random_texts(recipe, encoder.tokenization) if texts else ()
+    random = draw_random_texts(recipe, encoder.tokenization) if texts else ()
     layer_texts = texts + random
-    tokens = tokenize(encoder.tokenization, layer_texts, recipe.calibration.max_tokens)
+    tokens = tokenize_calibration(encoder.tokenization, layer_texts, recipe.calibration.max_tokens)
     calibration = None
     if texts:
         longest = encoder.tokenization.max_tokens
-        calibration = record(
+        calibration = record_calibration(
             recipe.calibration, layer_texts, tokens, n_random=len(random), longest=longest
         )
     embedding = _pack_embedding_(encoder) if recipe.embedding == "int8" else None
     allocation: AllocationRecord | None = None
     if plan.choices:
-        with memory_errors("the measurement of sensitivities"):
+        with layer_memory_errors("the measurement of sensitivities"):
             plan, allocation = allocate_schemes(run, encoder, plan, tokens)
-    layers, tuning = _quantize_layers(run, encoder, plan, tokens, number_kinds(layer_texts))
-    write_model(encoder, stage, blocks=plan.blocks, layers=layers, format=plan.format)
-    parts = Parts(
+    layers, tuning = _quantize_layers(run, encoder, plan, tokens, number_text_kinds(layer_texts))
+    write_st_folder(encoder, stage, blocks=plan.blocks, layers=layers, format=plan.format)
+    parts = StageParts(
         base=base,
         calibration=calibration,
         layers=layers,
@@ -191,7 +202,7 @@ def _quantize(run: BuildRun) -> Manifest:
         format=plan.format,
         unquantized=plan.unquantized,
     )
-    return finish(run, encoder, parts, texts, plan.blocks)
+    return finish_stage(run, encoder, parts, texts, plan.blocks)
 
 
 def _quantize_layers(
@@ -209,12 +220,12 @@ def _quantize_layers(
     modules = list(encoder.module.get_submodule(plan.blocks).children())
     blocks = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)]
     inputs: list[BlockInput] = []
-    is_done = [notes_path(shard_path(shards, i)).is_file() for i in range(len(blocks))]
+    is_done = [block_notes_path(block_shard_path(shards, i)).is_file() for i in range(len(blocks))]
     if not all(is_done) and isinstance(run.recipe.weights, GptqWeights):
         # With the original model's hidden states, each kind gets half of the memory.
-        n_kinds = 2 if needs_original(run.recipe, plan) else 1
+        n_kinds = 2 if needs_original_blocks(run.recipe, plan) else 1
         spill = StateSpill(run.activation_bytes // n_kinds, run.activations)
-        with memory_errors(blocks[0].name):
+        with layer_memory_errors(blocks[0].name):
             blocks, inputs = open_blocks(
                 encoder, tokens, kinds=kinds, dtype=replay_dtype(encoder), spill=spill
             )
@@ -229,7 +240,7 @@ def _quantize_layers(
     del inputs
     shutil.rmtree(run.activations, ignore_errors=True)
     if tuned:
-        with memory_errors("the tuning of the whole model"):
+        with layer_memory_errors("the tuning of the whole model"):
             layers, tuning = tune_blocks(build, blocks, layers, tokens, run.stage)
     return layers, tuning
 
@@ -237,7 +248,7 @@ def _quantize_layers(
 @torch.inference_mode()
 def _pack_embedding_(encoder: Encoder) -> LayerRecord:
     """Replace the token embedding table by int8 rows; a few thousand rows at a time."""
-    name = embedding_name(encoder.module)
+    name = find_embedding_layer(encoder.module)
     table = encoder.module.get_submodule(name)
     assert isinstance(table, nn.Embedding)
     scheme = LayerScheme(bits=8, group_size="per_channel", symmetric=True)
@@ -266,7 +277,7 @@ def _pack_embedding_(encoder: Encoder) -> LayerRecord:
 def describe_base(checkpoint: Checkpoint, encoder: Encoder) -> BaseRecord:
     """The manifest's record of the base."""
     n_parameters = sum(p.numel() for p in encoder.module.parameters())
-    n_parameters += n_latent_parameters(checkpoint)
+    n_parameters += count_latent_parameters(checkpoint)
     return BaseRecord(
         id=checkpoint.id,
         family=checkpoint.family.name if checkpoint.family else "sentence-transformers",

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import fill_
+from gteopt.encoder.loading import load_weights_
 from gteopt.errors import NumericsError, UnsupportedError
 from gteopt.kernels.cpu import multiplies_bfloat16
 from gteopt.quant.gptq import is_finite
@@ -213,7 +213,7 @@ def open_blocks(
     batches = [[tokens[i] for i in batch] for batch in positions]
     text_kinds = torch.tensor([0] * len(tokens) if kinds is None else kinds)
     dtype = dtype or encoder.dtype
-    fill_(encoder, f"{name}.0")
+    load_weights_(encoder, f"{name}.0")
     returns_tuple = _returns_tuple(encoder, originals[0], batches[0][0][:4])
     recorders = [_Recorder(returns_tuple, original) for original in originals]
     inputs: list[BlockInput] = []
@@ -308,7 +308,7 @@ def _cast(value: Any, old: torch.dtype, new: torch.dtype, done: dict[int, Tensor
     return value
 
 
-def learnable(value: Any, dtype: torch.dtype) -> Any:
+def copy_block_arguments(value: Any, dtype: torch.dtype) -> Any:
     """A copy of a block's arguments, or of one argument, with float tensors in `dtype`.
 
     Gradients can flow through the copy, but not through tensors from inference mode.
@@ -316,9 +316,9 @@ def learnable(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor):
         return value.to(dtype, copy=True) if value.is_floating_point() else value.clone()
     if isinstance(value, tuple | list):
-        return type(value)(learnable(item, dtype) for item in value)
+        return type(value)(copy_block_arguments(item, dtype) for item in value)
     if isinstance(value, dict):
-        return {key: learnable(item, dtype) for key, item in value.items()}
+        return {key: copy_block_arguments(item, dtype) for key, item in value.items()}
     return value
 
 
@@ -335,7 +335,7 @@ class _FixedOutput(nn.Module):
         return (self.hidden,) if self.returns_tuple else self.hidden
 
 
-def behind_blocks(
+def replay_behind_blocks(
     encoder: Encoder,
     blocks: Sequence[Block],
     hidden: Sequence[Tensor],
@@ -367,7 +367,7 @@ def behind_blocks(
     return torch.cat(vectors).double()
 
 
-def token_batches(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+def batch_replay_texts(tokens: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
     """Batches of texts of similar length, each of at most `BATCH_TOKENS` padded tokens."""
     for batch in _batch_positions(tokens):
         yield [tokens[i] for i in batch]
@@ -385,7 +385,7 @@ def _batch_positions(tokens: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 
 @torch.inference_mode()
-def running_order(block: Block, inputs: Sequence[BlockInput]) -> list[list[str]]:
+def order_block_layers(block: Block, inputs: Sequence[BlockInput]) -> list[list[str]]:
     """The block's linear layers in running order; layers that read the same tensor form a group.
 
     Quantizing group by group lets each layer read the output of the quantized layers before it
@@ -420,7 +420,7 @@ class _Stop(Exception):
 
 
 @dataclass(frozen=True)
-class Original:
+class OriginalBlock:
     """A block before quantization, and its inputs in the original model."""
 
     block: Block
@@ -437,7 +437,7 @@ def accumulate_hessian(
     block: Block,
     layer: str,
     inputs: Sequence[BlockInput],
-    original: Original | None = None,
+    original: OriginalBlock | None = None,
     *,
     is_alone: bool = False,
     grid: InputGrid | None = None,
@@ -469,7 +469,7 @@ def accumulate_hessian(
     return accumulator
 
 
-def watch_inputs(block: Block, layer: str, inputs: Sequence[BlockInput]) -> list[KindInputs]:
+def watch_layer_inputs(block: Block, layer: str, inputs: Sequence[BlockInput]) -> list[KindInputs]:
     """The inputs of one linear layer, over all real tokens of all batches, by kind of text.
 
     Raises:
@@ -527,7 +527,7 @@ def _layer_inputs(block: Block, layer: str, i: int, batch: BlockInput) -> Tensor
 
 
 @torch.inference_mode()
-def advance_(block: Block, inputs: Sequence[BlockInput]) -> None:
+def replay_block_(block: Block, inputs: Sequence[BlockInput]) -> None:
     """Run the block on every batch; the batches are then the inputs of the next block."""
     for i, batch in enumerate(inputs):
         batch.hidden = block.run(i, batch.hidden)

@@ -1,9 +1,9 @@
 """Measure sensitivity: how far the vectors move when only one layer is quantized.
 
-Hides: two methods. `measure` runs the model from the layer's block to the end for each trial. So
-its cost grows with the square of the number of blocks. `estimate` computes gradients of the vectors
-at every block once; a trial then runs only its own block. Both have one block's weights in memory
-at a time. Refuses to know: what is chosen.
+Hides: two methods. `measure_sensitivity` runs the model from the layer's block to the end for each
+trial. So its cost grows with the square of the number of blocks. `estimate_sensitivity` computes
+gradients of the vectors at every block once; a trial then runs only its own block. Both have one
+block's weights in memory at a time. Refuses to know: what is chosen.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from gteopt.build.replay import (
     Block,
     BlockInput,
     StateSpill,
-    advance_,
-    behind_blocks,
-    learnable,
+    copy_block_arguments,
     open_blocks,
+    replay_behind_blocks,
+    replay_block_,
     replay_dtype,
 )
 from gteopt.config.recipe import LayerScheme
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import empty_, fill_
+from gteopt.encoder.loading import load_weights_, unload_weights_
 from gteopt.errors import NumericsError
-from gteopt.machine import give_back
-from gteopt.progress import Progress, quiet
+from gteopt.machine import release_freed_memory
+from gteopt.progress import Progress, ignore_progress
 from gteopt.quant.affine import quantize_rtn
 from gteopt.quant.gptq import is_finite
 
 DEEP_BLOCKS = 12
 """If a model has more blocks, sensitivities are estimated instead of measured."""
 N_PROBES = 16
-"""Random directions for each text in `estimate`. A loss on n equally important texts then has a
-relative standard error of sqrt(2 / (16 n)), about 4 % for 64 texts."""
+"""Random directions for each text in `estimate_sensitivity`. A loss on n equally important texts
+then has a relative standard error of sqrt(2 / (16 n)), about 4 % for 64 texts."""
 _SEED = 0
 _Trial = tuple[str, int]
 """A layer, and the index of one of its choices."""
 
 
 @torch.inference_mode()
-def measure(
+def measure_sensitivity(
     encoder: Encoder,
     tokens: Sequence[Sequence[int]],
     choices: Mapping[str, Sequence[LayerScheme]],
     *,
     state_bytes: int,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Iterator[dict[str, tuple[float, ...]]]:
     """Mean cosine distance to the model's own vectors with one layer rounded to nearest.
 
@@ -92,7 +92,7 @@ def measure(
         base, states = block_inputs, dict[_Trial, list[Tensor]]()
         for at in range(start, len(blocks)):
             block = blocks[at]
-            fill_(encoder, block.name, dtype)
+            load_weights_(encoder, block.name, dtype)
             if at == next_start:
                 block_inputs, start = base, at
             for trial in states:
@@ -109,7 +109,9 @@ def measure(
             _leave(encoder, block)
 
         def vectors(hidden: Sequence[Tensor]) -> Tensor:
-            return behind_blocks(encoder, blocks, [h.to(encoder.dtype) for h in hidden], inputs)
+            return replay_behind_blocks(
+                encoder, blocks, [h.to(encoder.dtype) for h in hidden], inputs
+            )
 
         wanted = vectors(base)
         losses_by_layer: dict[str, list[float]] = {layer: [] for layer in walk}
@@ -122,15 +124,15 @@ def measure(
         yield {layer: tuple(losses) for layer, losses in losses_by_layer.items()}
 
 
-def estimate(
+def estimate_sensitivity(
     encoder: Encoder,
     tokens: Sequence[Sequence[int]],
     choices: Mapping[str, Sequence[LayerScheme]],
     *,
     spill: StateSpill,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Iterator[dict[str, tuple[float, ...]]]:
-    """The losses of `measure` to first order in a block's output; the cost is linear in blocks.
+    """The losses of `measure_sensitivity` to first order; the cost is linear in blocks.
 
     A small error d of a block's output moves the unit vector v by J d, orthogonally to v, and
 
@@ -141,7 +143,7 @@ def estimate(
     Padding does not count, because its gradient is zero.
 
     Args:
-        encoder: see `measure`.
+        encoder: see `measure_sensitivity`.
         tokens: token ids of the texts.
         choices: the schemes to try, by layer.
         spill: where the inputs of all blocks are stored. Gradients need `N_PROBES` times the memory
@@ -158,7 +160,9 @@ def estimate(
     dtype = replay_dtype(encoder)
     blocks, inputs = open_blocks(encoder, tokens, dtype=dtype)
     if encoder.streams:
-        empty_(encoder, blocks[0].name)  # it was read in inference mode, which allows no gradients
+        unload_weights_(
+            encoder, blocks[0].name
+        )  # it was read in inference mode, which allows no gradients
     activity = f"estimating the sensitivity of {encoder.checkpoint.id}"
     layers = {name for block in blocks for name in block.linears()} & choices.keys()
     n_passes = (2 + N_PROBES) * len(blocks) + sum(len(choices[name]) for name in layers)
@@ -180,7 +184,7 @@ def estimate(
                 file = spill.file(f"input-{at:03}-{i:05}")
             inputs_by_block[-1].append(BlockInput(batch.hidden, batch.real, batch.pooled, file))
         with _filled(encoder, block, dtype):
-            advance_(block, inputs)
+            replay_block_(block, inputs)
         if not all(is_finite(batch.hidden) for batch in inputs):
             raise NumericsError(
                 f"the output of {block.name} holds NaN or infinity; load the model with dtype "
@@ -211,12 +215,15 @@ def _slopes(
     slopes_by_batch = []
     for batch in inputs:
         hidden, real, pooled = (
-            learnable(tensor, encoder.dtype) for tensor in (batch.hidden, batch.real, batch.pooled)
+            copy_block_arguments(tensor, encoder.dtype)
+            for tensor in (batch.hidden, batch.real, batch.pooled)
         )
         with torch.enable_grad():
             hidden.requires_grad_(True)
             leaf = BlockInput(hidden, real, pooled)
-            vectors = nn.functional.normalize(behind_blocks(encoder, blocks, [hidden], [leaf]))
+            vectors = nn.functional.normalize(
+                replay_behind_blocks(encoder, blocks, [hidden], [leaf])
+            )
             if not bool(torch.isfinite(vectors).all()):
                 raise NumericsError(
                     f"the vectors of {encoder.checkpoint.id} hold NaN or infinity; load it with "
@@ -271,9 +278,11 @@ def _before(block: Block, i: int, hidden: Tensor, slopes: Sequence[Tensor]) -> l
     """Gradients by a block's input, from the gradients by its output, for one batch."""
     args, kwargs = block.calls[i]
     kind = hidden.dtype
-    alone = replace(block, calls=((learnable(args, kind), learnable(kwargs, kind)),))
+    alone = replace(
+        block, calls=((copy_block_arguments(args, kind), copy_block_arguments(kwargs, kind)),)
+    )
     with torch.enable_grad():
-        leaf = learnable(hidden, kind).requires_grad_(True)
+        leaf = copy_block_arguments(hidden, kind).requires_grad_(True)
         out = alone.run(0, leaf)
     return [torch.autograd.grad(out, leaf, slope, retain_graph=True)[0] for slope in slopes]
 
@@ -305,20 +314,20 @@ def _not_finite(layer: str, scheme: LayerScheme) -> str:
 @contextmanager
 def _filled(encoder: Encoder, block: Block, dtype: torch.dtype) -> Iterator[None]:
     """Have the block's weights in memory and in `dtype` during a `with` block."""
-    fill_(encoder, block.name, dtype)
+    load_weights_(encoder, block.name, dtype)
     yield
     _leave(encoder, block)
 
 
 def _leave(encoder: Encoder, block: Block) -> None:
-    """Undo `fill_` for a block, and give freed memory back.
+    """Undo `load_weights_` for a block, and give freed memory back.
 
     Hidden states lie between the freed weights, so without this the allocator would keep more
     memory with each block.
     """
     if encoder.streams:
-        empty_(encoder, block.name)
-        give_back()
+        unload_weights_(encoder, block.name)
+        release_freed_memory()
     else:
         block.module.to(encoder.dtype)  # exact, because float32 holds every bfloat16
 

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gteopt.build.tensor_files import save_tensors, write_errors
+from gteopt.build.tensor_files import save_tensors, tensor_write_errors
 from gteopt.config.recipe import FormatName
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import latent_tensors
-from gteopt.encoder.skeleton import tied_names
+from gteopt.encoder.loading import load_latent_tensors
+from gteopt.encoder.skeleton import find_tied_names
 from gteopt.encoder.tokenization import Tokenization
 from gteopt.formats import FORMATS, Format
 from gteopt.model.checkpoint import (
@@ -46,7 +46,7 @@ _FILE_BYTES = 256 << 20
 converted. A larger block gets its own file."""
 
 
-def write_model(
+def write_st_folder(
     encoder: Encoder,
     stage: Path,
     *,
@@ -73,11 +73,11 @@ def write_model(
     config.pop("torch_dtype", None)
     if checkpoint.latent is not None:
         config["architectures"] = ["NVEmbedModel"]
-        kept = latent_tensors(checkpoint, encoder.dtype)
+        kept = load_latent_tensors(checkpoint, encoder.dtype)
         save_tensors(stage / LATENT_FILE, {f"{LATENT_PREFIX}{n}": t for n, t in kept.items()})
     _write_json(stage / "config.json", config)
     if blocks is not None:
-        ties = tied_names(encoder.module)
+        ties = find_tied_names(encoder.module)
         rest = {
             name: tensor.contiguous().cpu()
             for name, tensor in encoder.module.state_dict().items()
@@ -99,7 +99,7 @@ def write_model(
             _write_standard(stage, layers, form)
     else:
         # safetensors stores each tensor once; the architecture restores tied names.
-        with write_errors(stage / "model.safetensors"):
+        with tensor_write_errors(stage / "model.safetensors"):
             encoder.module.save_pretrained(stage)  # type: ignore[operator]
         _write_json(stage / "config.json", config)
     _write_tokenizer(checkpoint, stage)
@@ -251,7 +251,7 @@ def _pooling_config(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def write_vectors(transform: VectorTransform, stage: Path, trained: Sequence[int]) -> None:
+def write_st_vectors(transform: VectorTransform, stage: Path, trained: Sequence[int]) -> None:
     """Write vectors.safetensors, and the projection as modules for Sentence Transformers.
 
     config.json gets the dimensions to which engines may cut these vectors.

@@ -12,21 +12,21 @@ from pathlib import Path
 
 from gteopt.build.blocks import SOLVED
 from gteopt.build.calibration_texts import CalibrationText
-from gteopt.build.canary import canary_of
-from gteopt.build.card import CARD, card
+from gteopt.build.canary import encode_canary
+from gteopt.build.card import CARD, render_card
 from gteopt.build.fit_vectors import fit_vectors
-from gteopt.build.st_folder import WEIGHTS, write_vectors
+from gteopt.build.st_folder import WEIGHTS, write_st_vectors
 from gteopt.config.recipe import FormatName, Recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.frozen import Frozen
-from gteopt.machine import machine, versions
+from gteopt.machine import describe_machine, read_library_versions
 from gteopt.model.artifact import (
-    check_free,
-    clear,
+    check_free_folder,
+    empty_folder,
     file_records,
     is_artifact,
     read_manifest,
-    seal,
+    seal_artifact,
     stage_folder,
 )
 from gteopt.model.checkpoint import LATENT_FILE, Checkpoint
@@ -88,7 +88,7 @@ class BuildRun:
 
 
 @dataclass(frozen=True)
-class Parts:
+class StageParts:
     """The manifest's records of an artifact's parts, without the record of its vectors."""
 
     base: BaseRecord
@@ -101,7 +101,9 @@ class Parts:
     unquantized: tuple[UnquantizedRecord, ...]
 
 
-def existing_variant(out: Path, recipe: Recipe, base_sha256: str, dtype: str) -> Manifest | None:
+def find_finished_variant(
+    out: Path, recipe: Recipe, base_sha256: str, dtype: str
+) -> Manifest | None:
     """The manifest of `out` if `out` already is this variant, else None.
 
     Raises:
@@ -112,19 +114,19 @@ def existing_variant(out: Path, recipe: Recipe, base_sha256: str, dtype: str) ->
         made_from = (manifest.recipe_sha256, manifest.base.sha256, manifest.base.dtype)
         if made_from == (recipe.sha256(), base_sha256, dtype):
             return manifest
-    check_free(out)
+    check_free_folder(out)
     return None
 
 
-def resume_seal(run: BuildRun) -> Manifest | None:
+def seal_finished_stage(run: BuildRun) -> Manifest | None:
     """Seal a stage folder that an interrupted build had completed; None if it is incomplete."""
     if not is_artifact(run.stage):
         return None
     manifest = read_manifest(run.stage)
     built = (manifest.recipe_sha256, manifest.base.sha256, manifest.base.dtype, manifest.versions)
-    if built != (run.recipe.sha256(), run.checkpoint.sha256, run.dtype, versions()):
+    if built != (run.recipe.sha256(), run.checkpoint.sha256, run.dtype, read_library_versions()):
         return None
-    seal(run.stage, run.out, manifest)
+    seal_artifact(run.stage, run.out, manifest)
     return manifest
 
 
@@ -135,7 +137,7 @@ def open_stage(run: BuildRun) -> Path:
         recipe_sha256=run.recipe.sha256(),
         base_sha256=run.checkpoint.sha256,
         dtype=run.dtype,
-        versions=versions(),
+        versions=read_library_versions(),
     )
     state_path = stage / _STATE
     if state_path.is_file():
@@ -148,15 +150,15 @@ def open_stage(run: BuildRun) -> Path:
                 return stage
         except ValueError:
             pass  # the state cannot be read, so the build starts afresh
-    clear(stage)
+    empty_folder(stage)
     write_record(state_path, state)
     return stage
 
 
-def finish(
+def finish_stage(
     run: BuildRun,
     encoder: Encoder,
-    parts: Parts,
+    parts: StageParts,
     texts: Sequence[CalibrationText],
     blocks: str | None = None,
 ) -> Manifest:
@@ -171,7 +173,7 @@ def finish(
     """
     stage = run.stage
     transform = fit_vectors(encoder, run.recipe, texts, run.progress)
-    write_vectors(transform, stage, encoder.checkpoint.matryoshka_dims)
+    write_st_vectors(transform, stage, encoder.checkpoint.matryoshka_dims)
     # A build resumes from these files, so they stay until the manifest is written.
     scraps = {stage / _STATE, stage / ALLOCATION, stage / CARD}
     scraps |= {*(stage / SOLVED).glob("*"), *(stage / WEIGHTS).glob("*.json")}
@@ -197,16 +199,16 @@ def finish(
         format=parts.format,
         unquantized=parts.unquantized,
         vectors=transform.record(),
-        canary=canary_of(
+        canary=encode_canary(
             encoder, transform, blocks=blocks, layers=parts.layers, shards=stage / WEIGHTS
         ),
         weight_bytes=sum(f.n_bytes for f in weights),
         files=files,
-        versions=versions(),
-        machine=machine(),
+        versions=read_library_versions(),
+        machine=describe_machine(),
     )
-    (stage / CARD).write_text(card(manifest, encoder.checkpoint), encoding="utf-8")
+    (stage / CARD).write_text(render_card(manifest, encoder.checkpoint), encoding="utf-8")
     files = tuple(sorted((*files, *file_records(stage, only=CARD)), key=lambda file: file.path))
     manifest = manifest.model_copy(update={"files": files})
-    seal(stage, run.out, manifest)
+    seal_artifact(stage, run.out, manifest)
     return manifest

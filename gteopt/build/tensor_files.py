@@ -22,13 +22,13 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    with write_errors(path):
+    with tensor_write_errors(path):
         save_file(tensors, part, metadata={"format": "pt"})
     part.replace(path)
 
 
 @contextmanager
-def write_errors(path: Path) -> Iterator[None]:
+def tensor_write_errors(path: Path) -> Iterator[None]:
     """Turn safetensors' own error for a full disk into an OSError."""
     try:
         yield

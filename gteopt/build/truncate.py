@@ -11,17 +11,21 @@ from typing import TypedDict, Unpack
 
 from pydantic import ValidationError
 
-from gteopt.build.calibration_texts import draw_texts, record, tokenize
-from gteopt.build.fit_vectors import check_vectors, needs_texts
-from gteopt.build.stage import BuildRun, Parts, existing_variant, finish, open_stage
+from gteopt.build.calibration_texts import (
+    draw_calibration_texts,
+    record_calibration,
+    tokenize_calibration,
+)
+from gteopt.build.fit_vectors import check_vector_recipe, needs_calibration_texts
+from gteopt.build.stage import BuildRun, StageParts, find_finished_variant, finish_stage, open_stage
 from gteopt.config.recipe import CodeChoice, DimsMethod, Recipe
-from gteopt.config.yaml_files import invalid
+from gteopt.config.yaml_files import explain_validation_error
 from gteopt.encoder.description import RuntimeOptions
 from gteopt.encoder.loading import load_checkpoint
 from gteopt.errors import InputError
-from gteopt.model.artifact import alone, read_manifest, stage_folder
+from gteopt.model.artifact import lock_stage, read_manifest, stage_folder
 from gteopt.model.checkpoint import VECTOR_MODULES, VECTORS_FILE, open_checkpoint
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 from gteopt.records.manifest import Manifest
 
 
@@ -53,7 +57,7 @@ def truncate(
     *,
     hub_dir: Path | None = None,
     device: str = "auto",
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     **settings: Unpack[VectorSettings],
 ) -> Manifest:
     """Make an artifact with the same weights and other vectors: fewer dimensions, smaller codes.
@@ -98,18 +102,20 @@ def truncate(
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise invalid(f"the vector settings for {source}", error) from error
-    return restyle(source, recipe, out, hub_dir=hub_dir, device=device, progress=progress)
+        raise explain_validation_error(f"the vector settings for {source}", error) from error
+    return truncate_to_recipe(
+        source, recipe, out, hub_dir=hub_dir, device=device, progress=progress
+    )
 
 
-def restyle(
+def truncate_to_recipe(
     artifact: Path,
     recipe: Recipe,
     out: str | Path,
     *,
     hub_dir: Path | None = None,
     device: str = "auto",
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Manifest:
     """Make the variant of `recipe` from an artifact that already has the recipe's weights.
 
@@ -123,13 +129,14 @@ def restyle(
             f"{artifact} holds the weights of recipe {old.recipe.name}, which differ from those of "
             f"{recipe.name}; quantize the base instead"
         )
-    finished = existing_variant(out, recipe, old.base.sha256, old.base.dtype)
+    finished = find_finished_variant(out, recipe, old.base.sha256, old.base.dtype)
     if finished is not None:
         return finished
     checkpoint = open_checkpoint(artifact)
-    check_vectors(recipe, checkpoint)
-    texts = draw_texts(recipe.calibration, hub_dir=hub_dir) if needs_texts(recipe) else ()
-    with alone(stage_folder(out)):
+    check_vector_recipe(recipe, checkpoint)
+    spec = recipe.calibration
+    texts = draw_calibration_texts(spec, hub_dir=hub_dir) if needs_calibration_texts(recipe) else ()
+    with lock_stage(stage_folder(out)):
         run = BuildRun(
             checkpoint=checkpoint,
             recipe=recipe,
@@ -150,10 +157,10 @@ def restyle(
                 shutil.copyfile(artifact / file.path, target)
         calibration = old.calibration
         if texts and calibration is None:
-            tokens = tokenize(encoder.tokenization, texts, recipe.calibration.max_tokens)
+            tokens = tokenize_calibration(encoder.tokenization, texts, spec.max_tokens)
             longest = encoder.tokenization.max_tokens
-            calibration = record(recipe.calibration, texts, tokens, longest=longest)
-        parts = Parts(
+            calibration = record_calibration(spec, texts, tokens, longest=longest)
+        parts = StageParts(
             base=old.base,
             calibration=calibration,
             layers=old.layers,
@@ -163,4 +170,4 @@ def restyle(
             format=old.format,
             unquantized=old.unquantized,
         )
-        return finish(run, encoder, parts, texts)
+        return finish_stage(run, encoder, parts, texts)

@@ -20,11 +20,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gteopt.build.replay import BATCH_TOKENS, Block, BlockInput, find_blocks, learnable
+from gteopt.build.replay import BATCH_TOKENS, Block, BlockInput, copy_block_arguments, find_blocks
 from gteopt.config.recipe import Effort
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import NumericsError
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 from gteopt.quant.affine import QuantizedWeight
 from gteopt.quant.learned_rounding import TunableLinear
 from gteopt.records.manifest import TuningRecord
@@ -49,7 +49,7 @@ _HELD_OUT = 8
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TuningSchedule:
     """The number of steps and the learning rates of tuning.
 
     Attributes:
@@ -73,22 +73,22 @@ class Schedule:
     seed: int = 0
 
 
-SCHEDULES: dict[Effort, Schedule | None] = {
+SCHEDULES: dict[Effort, TuningSchedule | None] = {
     "fast": None,
-    "standard": Schedule(n_steps=400),
-    "best": Schedule(n_steps=1600),
+    "standard": TuningSchedule(n_steps=400),
+    "best": TuningSchedule(n_steps=1600),
 }
-BLOCK_SCHEDULES: dict[Effort, Schedule | None] = {
+BLOCK_SCHEDULES: dict[Effort, TuningSchedule | None] = {
     "fast": None,
-    "standard": Schedule(n_steps=100, codes_rate=0.0, scales_rate=1e-3),
-    "best": Schedule(n_steps=400, codes_rate=0.0, scales_rate=1e-3),
+    "standard": TuningSchedule(n_steps=100, codes_rate=0.0, scales_rate=1e-3),
+    "best": TuningSchedule(n_steps=400, codes_rate=0.0, scales_rate=1e-3),
 }
 """Schedules for a block that is tuned by itself. Codes are not tuned, because they overfit to few
 texts: the error then falls on these texts, but rises on others."""
 
 
 @dataclass(frozen=True)
-class Tuned:
+class TuningResult:
     """The result of tuning.
 
     Attributes:
@@ -102,14 +102,14 @@ class Tuned:
     record: TuningRecord
 
 
-def tune(
+def tune_model(
     teacher: Encoder,
     start: Mapping[str, QuantizedWeight],
     tokens: Sequence[Sequence[int]],
-    schedule: Schedule,
+    schedule: TuningSchedule,
     *,
-    progress: Progress = quiet,
-) -> Tuned:
+    progress: Progress = ignore_progress,
+) -> TuningResult:
     """Learn codes, scales, norms and biases that reproduce the teacher's vectors.
 
     Objective, over the N texts of a batch with the teacher's unit vectors t and the variant's s:
@@ -129,7 +129,7 @@ def tune(
         teacher: the original in float32; not changed.
         start: the solver's codes and grid by layer name.
         tokens: token ids of the calibration texts, including special tokens.
-        schedule: see `Schedule`.
+        schedule: see `TuningSchedule`.
         progress: called after each step.
 
     Raises:
@@ -156,8 +156,8 @@ def tune_block(
     start: Mapping[str, QuantizedWeight],
     inputs: Sequence[BlockInput],
     wanted: Sequence[BlockInput],
-    schedule: Schedule,
-) -> Tuned:
+    schedule: TuningSchedule,
+) -> TuningResult:
     """Learn the scales, norms and biases of one block that reproduce the original's output.
 
     Objective: the mean over tokens of |f(x) - f0(x0)|^2 / |f0(x0)|^2. f is the tuned block and x
@@ -187,8 +187,13 @@ def tune_block(
     def error(i: int, is_out: bool) -> Tensor:
         """Mean drift over the tokens of one batch, either of held-out texts or of the others."""
         batch, (args, kwargs) = inputs[i], original.calls[i]
-        call = learnable(args, torch.float32), learnable(kwargs, torch.float32)
-        out = replace(block, calls=(call,)).run(0, learnable(batch.hidden, torch.float32))
+        call = (
+            copy_block_arguments(args, torch.float32),
+            copy_block_arguments(kwargs, torch.float32),
+        )
+        out = replace(block, calls=(call,)).run(
+            0, copy_block_arguments(batch.hidden, torch.float32)
+        )
         return _drift([out], [wanted[i].hidden.float()], batch.real & parts(i)[is_out])
 
     def parts(i: int) -> dict[bool, Tensor]:
@@ -221,7 +226,7 @@ def tune_block(
     )
 
 
-def work_bytes(n_weights: int, n_other: int, n_layers: int, hidden_size: int) -> int:
+def estimate_tuning_bytes(n_weights: int, n_other: int, n_layers: int, hidden_size: int) -> int:
     """Estimated bytes that tuning needs beside the variant.
 
     Args:
@@ -230,13 +235,13 @@ def work_bytes(n_weights: int, n_other: int, n_layers: int, hidden_size: int) ->
         n_layers: transformer blocks.
         hidden_size: features of a hidden state.
     """
-    widest = Schedule(n_steps=0)
+    widest = TuningSchedule(n_steps=0)
     n_tokens = widest.batch_size * widest.text_tokens
     activations = 4 * n_tokens * n_layers * hidden_size * _FLOATS_PER_HIDDEN
     return n_weights * _BYTES_PER_WEIGHT + 4 * n_other + activations
 
 
-def block_work_bytes(n_weights: int, n_other: int, hidden_size: int) -> int:
+def estimate_block_tuning_bytes(n_weights: int, n_other: int, hidden_size: int) -> int:
     """Estimated bytes that tuning one block needs.
 
     Args:
@@ -266,7 +271,7 @@ class _Student:
         original: nn.Module,
         start: Mapping[str, QuantizedWeight],
         prefix: str,
-        schedule: Schedule,
+        schedule: TuningSchedule,
     ) -> None:
         def learned(name: str, parameter: Tensor) -> bool:
             return name.startswith(prefix) and parameter.ndim == 1
@@ -315,14 +320,14 @@ class _Student:
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
 
-    def better(self, by: Literal["model", "block"], before: float, after: float) -> Tuned:
+    def better(self, by: Literal["model", "block"], before: float, after: float) -> TuningResult:
         """The learned values if the error has fallen, else the start."""
         start, kept = self._start, after < before
         weights = {n: layer.export() for n, layer in self._layers.items()} if kept else dict(start)
         n_changed = sum(int((weights[name].codes != start[name].codes).sum()) for name in start)
         n_codes = sum(weight.codes.numel() for weight in start.values())
         rest = {name: p.detach() for name, p in self._rest.items()}
-        return Tuned(
+        return TuningResult(
             weights=weights,
             rest=rest if kept else self._rest_before,
             record=TuningRecord(
@@ -397,7 +402,7 @@ class _Texts:
     """Makes endless batches from a few texts; the same seed gives the same batches."""
 
     def __init__(
-        self, encoder: Encoder, tokens: Sequence[Sequence[int]], schedule: Schedule
+        self, encoder: Encoder, tokens: Sequence[Sequence[int]], schedule: TuningSchedule
     ) -> None:
         self._random = random.Random(schedule.seed)
         self._schedule = schedule

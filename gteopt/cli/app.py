@@ -12,19 +12,19 @@ import typer
 from gteopt.cli import build, corpus, decide, lists, measure, optimize, serve, share
 from gteopt.cli.errors import (
     DISK_FULL,
-    Group,
-    Interrupted,
-    fail,
+    CommandInterrupted,
+    HintGroup,
+    exit_with_error,
+    read_typed_command,
     resume_hint,
     show_warning,
-    typed_command,
 )
 from gteopt.cores import n_threads
 from gteopt.errors import GteoptError, is_out_of_memory
 
 app = typer.Typer(
     name="gteopt",
-    cls=Group,
+    cls=HintGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -87,29 +87,31 @@ def main() -> None:
     except GteoptError as error:
         if "--debug" in sys.argv:
             raise
-        fail(str(error), 130 if isinstance(error, Interrupted) else 1)
+        exit_with_error(str(error), 130 if isinstance(error, CommandInterrupted) else 1)
     except ValueError as error:
         from pydantic import ValidationError
 
         if "--debug" in sys.argv or not isinstance(error, ValidationError):
             raise
-        from gteopt.config.yaml_files import invalid
+        from gteopt.config.yaml_files import explain_validation_error
 
-        fail(str(invalid(f"the request ({error.title})", error)))
+        exit_with_error(str(explain_validation_error(f"the request ({error.title})", error)))
     except OSError as error:
         if "--debug" in sys.argv:
             raise
         where = f" ({error.filename})" if error.filename else ""
         # safetensors raises errors without a number when the disk is full.
         is_full = error.errno in DISK_FULL or error.errno is None
-        kept = resume_hint(typed_command())
+        kept = resume_hint(read_typed_command())
         advice = kept if is_full else "; give a folder that exists and is writable"
-        fail(f"{error.strerror or error}{where}{advice}")
+        exit_with_error(f"{error.strerror or error}{where}{advice}")
     except (RuntimeError, MemoryError) as error:
         if "--debug" in sys.argv or not is_out_of_memory(error):
             raise
-        first_line, kept = str(error).partition("\n")[0], resume_hint(typed_command())
-        fail(f"out of memory ({first_line}); use smaller batches or another --device{kept}")
+        first_line, kept = str(error).partition("\n")[0], resume_hint(read_typed_command())
+        exit_with_error(
+            f"out of memory ({first_line}); use smaller batches or another --device{kept}"
+        )
 
 
 def _limit_threads() -> None:

@@ -30,10 +30,17 @@ from gteopt.cli.options import (
     RecipeChoice,
     RecipeName,
     Revision,
-    known_device,
-    known_model,
+    check_device_option,
+    check_model_option,
 )
-from gteopt.cli.output import print_json, say, show_manifest, show_next, show_progress, stdout
+from gteopt.cli.output import (
+    print_json,
+    print_status,
+    show_manifest,
+    show_next,
+    show_progress,
+    stdout,
+)
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -68,7 +75,7 @@ def quantize(
 
     Example: `gteopt quantize nano --recipe gptq-int4 --out artifacts/nano-int4`
     """
-    say("importing torch")
+    print_status("importing torch")
     from gteopt.build.quantize import quantize as build
     from gteopt.machine import parse_devices
 
@@ -219,7 +226,9 @@ def verify(artifact: Artifact, as_json: AsJson = False) -> None:
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(help="a base or an artifact", callback=known_model)],
+    source: Annotated[
+        str, typer.Argument(help="a base or an artifact", callback=check_model_option)
+    ],
     recipe: RecipeChoice = None,
     layers: Annotated[
         bool,
@@ -239,7 +248,7 @@ def inspect(
         str,
         typer.Option(
             help="auto, cpu, cuda or cuda:N; this machine need not have it",
-            callback=known_device,
+            callback=check_device_option,
             rich_help_panel=WHERE,
         ),
     ] = "auto",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.filesize import decimal
 
-from gteopt.cli.errors import fail, resume_hint
+from gteopt.cli.errors import exit_with_error, resume_hint
 from gteopt.cli.options import (
     EMBED,
     FIND,
@@ -30,9 +30,9 @@ from gteopt.errors import InputError
 
 if TYPE_CHECKING:
     from gteopt.commands.search import SearchResult
-    from gteopt.corpus.estimate import Estimate
+    from gteopt.corpus.estimate import EmbedEstimate
     from gteopt.corpus.jobs import EmbedReport
-    from gteopt.corpus.verify import Verified
+    from gteopt.corpus.verify import VerifiedCounts
 
 BAD_LEFT = 3
 """Exit code of a finished job with more dead letters than allowed."""
@@ -240,7 +240,7 @@ def embed(
     try:
         with show_progress() as progress:
             if dry_run:
-                estimate = command.dry_run(
+                estimate = command.dry_run_embed(
                     inputs, model, out, price_per_hour=price_per_hour, progress=progress, **options
                 )
             elif verify:
@@ -251,12 +251,12 @@ def embed(
                     model,
                     out,
                     progress=progress,
-                    events=_print_event if as_json else command.unheard,
+                    events=_print_event if as_json else command.ignore_job_event,
                     price_per_hour=price_per_hour,
                     **options,
                 )
-    except command.Terminated:
-        fail(f"terminated{resume_hint('embed')}", TERMINATED)
+    except command.EmbedTerminated:
+        exit_with_error(f"terminated{resume_hint('embed')}", TERMINATED)
     if dry_run:
         _show_estimate(estimate, as_json=as_json)
     elif verify:
@@ -306,7 +306,7 @@ def search(
 
     Example: `gteopt search vectors "how do plants make energy" --top 10`
     """
-    from gteopt.commands.search import compare_results
+    from gteopt.commands.search import compare_search_results
     from gteopt.commands.search import search as search_folder
 
     texts = [*(query or ()), *_lines(queries)]
@@ -325,7 +325,7 @@ def search(
         )
         if compare is not None:
             others = search_folder(compare, texts, progress=progress, **common)
-            comparison = compare_results(results, others)
+            comparison = compare_search_results(results, others)
     if as_json:
         content: dict[str, Any] = {"found": [result.model_dump() for result in results]}
         if comparison is not None:
@@ -356,12 +356,12 @@ def _exports(lists: list[str] | None) -> tuple[str, ...]:
     from typing import get_args
 
     from gteopt.corpus.exports import Export
-    from gteopt.errors import suggest
+    from gteopt.errors import suggest_names
 
     names = [name for text in lists or () for name in text.split(",")]
     for name in names:
         if name not in get_args(Export):
-            raise InputError(f"--export {name}: {suggest(name, get_args(Export))}")
+            raise InputError(f"--export {name}: {suggest_names(name, get_args(Export))}")
     return tuple(names)
 
 
@@ -413,7 +413,7 @@ def _show_embedded(report: EmbedReport) -> None:
         stderr.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_estimate(estimate: Estimate, *, as_json: bool) -> None:
+def _show_estimate(estimate: EmbedEstimate, *, as_json: bool) -> None:
     if as_json:
         print_json(estimate.model_dump())
         return
@@ -434,7 +434,7 @@ def _show_estimate(estimate: Estimate, *, as_json: bool) -> None:
         )
 
 
-def _show_verified(checked: Verified, *, as_json: bool) -> None:
+def _show_verified(checked: VerifiedCounts, *, as_json: bool) -> None:
     if as_json:
         print_json(checked.model_dump())
         return

@@ -22,17 +22,17 @@ from gteopt.cli.options import (
     SuiteName,
 )
 from gteopt.cli.output import (
+    choose_output_style,
     print_json,
+    print_status,
     print_table,
-    say,
     show_list,
     show_progress,
     show_results,
     stderr,
     stdout,
-    style_of,
 )
-from gteopt.cli.own_data import check_own_data, parse_columns, parse_list
+from gteopt.cli.own_data import check_own_data, parse_columns, parse_name_list
 from gteopt.errors import InputError
 
 
@@ -49,11 +49,11 @@ def choose(
 
     Example: `gteopt choose artifacts/demo --policy smallest-index`
     """
-    from gteopt.commands.choose import judge
+    from gteopt.commands.choose import choose_by_policy
     from gteopt.config.policy import load_policy
 
-    style = style_of(as_json, as_csv, as_markdown)
-    results = judge(results_dir, load_policy(policy))
+    style = choose_output_style(as_json, as_csv, as_markdown)
+    results = choose_by_policy(results_dir, load_policy(policy))
     if style == "json":
         assert results.choice is not None
         print_json(json.loads(results.choice.model_dump_json(by_alias=True)))
@@ -76,19 +76,19 @@ def report(
 
     Example: `gteopt report artifacts/demo`
     """
-    from gteopt.commands.choose import write_comparison, write_page
+    from gteopt.commands.choose import write_choice_page, write_comparison_page
     from gteopt.records.results_folder import read_results
 
-    style = style_of(as_json, as_csv, as_markdown)
+    style = choose_output_style(as_json, as_csv, as_markdown)
     if other is not None:
         if style != "table":
             raise InputError(
                 f"a page of two folders prints no table; use `gteopt compare {results_dir} {other}`"
             )
-        stdout.print(f"Report: {write_comparison(results_dir, other)}", soft_wrap=True)
+        stdout.print(f"Report: {write_comparison_page(results_dir, other)}", soft_wrap=True)
         return
     results = read_results(results_dir)
-    path = write_page(results_dir, results)
+    path = write_choice_page(results_dir, results)
     show_results(results, style, folder=results_dir)
     if style == "table":
         stdout.print(f"Report: {path}", soft_wrap=True)
@@ -115,25 +115,25 @@ def compare(
 
     Example: `gteopt compare artifacts/nano-int4 artifacts/nano-int8 --suite mini`
     """
-    style = style_of(as_json, as_csv, as_markdown)
+    style = choose_output_style(as_json, as_csv, as_markdown)
     roles = parse_columns(columns)
     data = check_own_data(data, texts, suite, roles, hub_dir)
-    say("importing torch and the evaluation library")
+    print_status("importing torch and the evaluation library")
     from gteopt.commands.compare import compare as compare_sources
-    from gteopt.commands.evaluate import Setup
+    from gteopt.commands.evaluate import EvaluationSetup
     from gteopt.commands.judges import Judges
     from gteopt.report.compare import comparison_rows, item_rows
     from gteopt.report.terminal import eval_table, fidelity_table
 
     judges = None
     if data is not None or texts is not None or suite is not None:
-        judges = Judges(data, texts, tuple(roles.items()), suite, parse_list(languages))
+        judges = Judges(data, texts, tuple(roles.items()), suite, parse_name_list(languages))
     with show_progress() as progress:
         pair = compare_sources(
             first,
             second,
             judges,
-            how=Setup(hub_dir=hub_dir, device=device),
+            how=EvaluationSetup(hub_dir=hub_dir, device=device),
             progress=progress,
         )
     rows = comparison_rows(pair.names, pair.manifests, pair.results, pair.engines)

@@ -13,7 +13,7 @@ from gteopt.errors import RESUMES, GteoptError
 from gteopt.interruption import raise_on_interrupt, was_interrupted
 
 
-class Interrupted(GteoptError):
+class CommandInterrupted(GteoptError):
     """The user pressed Ctrl-C."""
 
 
@@ -37,7 +37,7 @@ OPTION_HINTS = {
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Group(TyperGroup):
+class HintGroup(TyperGroup):
     """The group of commands: adds hints for unknown options, and what is kept after Ctrl-C."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -48,7 +48,7 @@ class Group(TyperGroup):
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) or was_interrupted():
                 kept = resume_hint(ctx.invoked_subcommand)
-                raise Interrupted(f"interrupted{kept}") from error
+                raise CommandInterrupted(f"interrupted{kept}") from error
             name = getattr(error, "option_name", None)
             if (hint := OPTION_HINTS.get(str(name))) is not None and hasattr(error, "message"):
                 error.message = f"{error.message}. {hint[0].upper()}{hint[1:]}."
@@ -72,7 +72,7 @@ def resume_hint(command: str | None) -> str:
     return ""
 
 
-def typed_command() -> str | None:
+def read_typed_command() -> str | None:
     """The command on the command line; None where there is none."""
     return next((argument for argument in sys.argv[1:] if not argument.startswith("-")), None)
 
@@ -84,7 +84,7 @@ def show_warning(message: Warning | str, *_where: object, **_more: object) -> No
     )
 
 
-def fail(message: str, code: int = 1) -> None:
+def exit_with_error(message: str, code: int = 1) -> None:
     """Print an error and exit with a code."""
     stderr.print(f"gteopt: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
     sys.exit(code)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from gteopt.cli.options import OUTPUT, AsCsv, AsJson, AsMarkdown
-from gteopt.cli.output import show_list, show_next, stdout, style_of
+from gteopt.cli.output import choose_output_style, show_list, show_next, stdout
 from gteopt.errors import InputError
 
 
@@ -20,11 +20,11 @@ def recipes(
     Example: `gteopt recipes`
     """
     from gteopt.config.recipe import load_recipe
-    from gteopt.config.yaml_files import shipped_names
+    from gteopt.config.yaml_files import list_shipped_names
 
-    shipped = [load_recipe(name) for name in shipped_names("recipes")]
+    shipped = [load_recipe(name) for name in list_shipped_names("recipes")]
     rows = [{"name": recipe.name, "summary": recipe.summary} for recipe in shipped]
-    show_list("recipes", rows, style_of(as_json, as_csv, as_markdown))
+    show_list("recipes", rows, choose_output_style(as_json, as_csv, as_markdown))
 
 
 def suites(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdown = False) -> None:
@@ -32,10 +32,10 @@ def suites(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdo
 
     Example: `gteopt suites`
     """
-    from gteopt.config.yaml_files import shipped_names
+    from gteopt.config.yaml_files import list_shipped_names
     from gteopt.evaluation.suites import read_suite
 
-    shipped = [read_suite(name) for name in shipped_names("eval/suites")]
+    shipped = [read_suite(name) for name in list_shipped_names("eval/suites")]
     rows = [
         {
             "name": suite.name,
@@ -45,7 +45,7 @@ def suites(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdo
         }
         for suite in shipped
     ]
-    show_list("suites", rows, style_of(as_json, as_csv, as_markdown))
+    show_list("suites", rows, choose_output_style(as_json, as_csv, as_markdown))
 
 
 def policies(
@@ -56,11 +56,11 @@ def policies(
     Example: `gteopt policies`
     """
     from gteopt.config.policy import load_policy
-    from gteopt.config.yaml_files import shipped_names
+    from gteopt.config.yaml_files import list_shipped_names
 
-    shipped = [load_policy(name) for name in shipped_names("recipes/policies")]
+    shipped = [load_policy(name) for name in list_shipped_names("recipes/policies")]
     rows = [{"name": policy.name, "summary": policy.summary} for policy in shipped]
-    show_list("policies", rows, style_of(as_json, as_csv, as_markdown))
+    show_list("policies", rows, choose_output_style(as_json, as_csv, as_markdown))
 
 
 def plans(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdown = False) -> None:
@@ -69,11 +69,11 @@ def plans(as_json: AsJson = False, as_csv: AsCsv = False, as_markdown: AsMarkdow
     Example: `gteopt plans`
     """
     from gteopt.config.plan import load_plan
-    from gteopt.config.yaml_files import shipped_names
+    from gteopt.config.yaml_files import list_shipped_names
 
-    shipped = [load_plan(name) for name in shipped_names("recipes/plans")]
+    shipped = [load_plan(name) for name in list_shipped_names("recipes/plans")]
     rows = [{"name": plan.name, "summary": plan.summary, "base": plan.base} for plan in shipped]
-    show_list("plans", rows, style_of(as_json, as_csv, as_markdown))
+    show_list("plans", rows, choose_output_style(as_json, as_csv, as_markdown))
 
 
 def init(

@@ -33,28 +33,28 @@ from gteopt.cli.options import (
     PlanName,
     Ray,
     SuiteName,
-    finite,
+    check_finite_option,
     price_option,
     shipped_option,
 )
 from gteopt.cli.output import (
-    say,
+    choose_output_style,
+    print_status,
     show_next,
     show_progress,
     show_record,
     show_records,
     show_results,
     stdout,
-    style_of,
 )
 from gteopt.cli.own_data import check_own_data, parse_columns
-from gteopt.cli.suite_options import named_suite, within
-from gteopt.commands.names import named
+from gteopt.cli.suite_options import apply_suite_time, filter_named_suite
+from gteopt.commands.names import name_sources
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
     from gteopt.config.plan import BenchSpec
-    from gteopt.corpus.workers import Workers
+    from gteopt.corpus.workers import ScoreWorkers
     from gteopt.evaluation.suites import Suite
 
 
@@ -90,7 +90,7 @@ def run(
         priced = document.bench.model_copy(update={"price_per_hour": price_per_hour})
         document = document.model_copy(update={"bench": priced})
     beside = find_yaml("recipes/plans", plan).parent
-    say("importing torch and the evaluation library")
+    print_status("importing torch and the evaluation library")
     from gteopt.commands.run import run as run_plan
 
     with _workers(devices, ray, device) as workers, show_progress() as progress:
@@ -102,7 +102,7 @@ def run(
             workers=workers,
             progress=progress,
         )
-    show_results(results, style_of(as_json, as_csv, as_markdown), folder=document.out)
+    show_results(results, choose_output_style(as_json, as_csv, as_markdown), folder=document.out)
 
 
 def bench(
@@ -181,16 +181,16 @@ def bench(
 
     Example: `gteopt bench artifacts/nano-int4 --baseline nano --out artifacts/results`
     """
-    say("importing torch")
-    from gteopt.commands.bench import ReportFile, measure, measure_dummy
+    print_status("importing torch")
+    from gteopt.commands.bench import BenchReportFile, bench_dummy_to_file, bench_to_file
     from gteopt.config.plan import WORKLOADS
     from gteopt.report.terminal import bench_table, limits_table, whole_model_table
     from gteopt.speed.protocol import default_workloads
 
-    style = style_of(as_json, as_csv, as_markdown)
+    style = choose_output_style(as_json, as_csv, as_markdown)
     names = workload or [default_workloads(device)]
     spec = _bench_spec(names, query_tokens, queries, repeats)
-    sources = named([*([baseline] if baseline else []), *artifacts])
+    sources = name_sources([*([baseline] if baseline else []), *artifacts])
     if not dummy_weights and (recipe or layers is not None):
         raise InputError("--recipe and --layers need --dummy-weights")
     if out is not None and out.is_file():
@@ -198,10 +198,10 @@ def bench(
     if dummy_weights and len(sources) != 1:
         raise InputError("--dummy-weights needs exactly one model and no --baseline")
     skip = any(name in WORKLOADS for name in names)
-    file = ReportFile(out, price_per_hour)
+    file = BenchReportFile(out, price_per_hour)
     with show_progress() as progress:
         if dummy_weights:
-            report = measure_dummy(
+            report = bench_dummy_to_file(
                 artifacts[0],
                 recipe or ["rtn-int8", "rtn-int4", "nf4"],
                 spec,
@@ -214,7 +214,7 @@ def bench(
                 kernels=kernels,
             )
         else:
-            report = measure(
+            report = bench_to_file(
                 sources,
                 spec,
                 file,
@@ -398,7 +398,7 @@ def evaluate(
         float,
         typer.Option(
             min=0,
-            callback=finite,
+            callback=check_finite_option,
             help="limit of disk space for cached vectors; those of earlier tasks go first",
             rich_help_panel=WHERE,
         ),
@@ -424,7 +424,7 @@ def evaluate(
 
     Example: `gteopt evaluate artifacts/nano-int4 --suite mini --out artifacts/results`
     """
-    style = style_of(as_json, as_csv, as_markdown)
+    style = choose_output_style(as_json, as_csv, as_markdown)
     roles = parse_columns(columns)
     if suite is None and data is None and texts is None:
         raise InputError("nothing to evaluate on; give --suite, --data or --texts")
@@ -434,25 +434,25 @@ def evaluate(
             "--examples stores your texts in the results folder; give --texts or --data, and --out"
         )
     from gteopt.evaluation.data_check import check_data
-    from gteopt.evaluation.suites import with_data
+    from gteopt.evaluation.suites import add_own_task
 
     if instruction is not None and data is None:
         raise InputError(
             "--instruction needs --data; a suite's tasks have instructions of their own"
         )
-    loaded = named_suite(suite, protocol, languages, domain) if suite else None
+    loaded = filter_named_suite(suite, protocol, languages, domain) if suite else None
     if budget is not None:
-        candidates = named([*([baseline] if baseline else []), *artifacts])
-        loaded = within(budget, loaded, candidates, out, hub_dir)
+        candidates = name_sources([*([baseline] if baseline else []), *artifacts])
+        loaded = apply_suite_time(budget, loaded, candidates, out, hub_dir)
     if data is not None:
-        loaded = with_data(loaded, data, instruction=instruction, columns=roles)
+        loaded = add_own_task(loaded, data, instruction=instruction, columns=roles)
     if not 0 < margin < 1:
         raise InputError(f"--margin {margin:g}: give a difference of scores, between 0 and 1")
     if dry_run:
         if loaded is None:
             raise InputError("--dry-run counts the texts of a suite; give --suite or --data")
         _show_estimate(
-            named([*([baseline] if baseline else []), *artifacts]),
+            name_sources([*([baseline] if baseline else []), *artifacts]),
             loaded,
             out,
             hub_dir=hub_dir,
@@ -463,19 +463,25 @@ def evaluate(
         return
     if loaded is not None:
         check_data(loaded, hub_dir)  # before the slow import of torch and mteb
-    say("importing torch and the evaluation library")
-    from gteopt.commands.evaluate import Setup, base_of, compare_texts, parse_grid, score
-    from gteopt.evaluation.runner import EncodeOptions
+    print_status("importing torch and the evaluation library")
+    from gteopt.commands.evaluate import (
+        EvaluationSetup,
+        evaluate_suite,
+        evaluate_texts,
+        find_common_base,
+        parse_vector_grid,
+    )
+    from gteopt.evaluation.runner import SuiteEncodeOptions
     from gteopt.evaluation.tasks import check_tasks
     from gteopt.report.terminal import eval_table, fidelity_table, grid_table
 
     if loaded is not None:
         check_tasks(loaded, suite or loaded.name)
-    sources = named([baseline or base_of(artifacts), *artifacts])
-    grid = parse_grid(dims, vectors) if dims or vectors else None
-    options = EncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype)
+    sources = name_sources([baseline or find_common_base(artifacts), *artifacts])
+    grid = parse_vector_grid(dims, vectors) if dims or vectors else None
+    options = SuiteEncodeOptions(cache_bytes=int(cache_gb * 1e9), dtype=cache_dtype)
     with _workers(devices, ray, device) as workers, show_progress() as progress:
-        how = Setup(
+        how = EvaluationSetup(
             hub_dir=hub_dir,
             device=device,
             dtype=dtype,
@@ -490,9 +496,13 @@ def evaluate(
             stops=stop_when is not None,
         )
         if texts is not None:
-            fidelity = compare_texts(sources, texts, out, how=how, columns=roles, progress=progress)
+            fidelity = evaluate_texts(
+                sources, texts, out, how=how, columns=roles, progress=progress
+            )
         elif loaded is not None:
-            reports = score(sources, loaded, out, how=how, margin=margin, progress=progress)
+            reports = evaluate_suite(
+                sources, loaded, out, how=how, margin=margin, progress=progress
+            )
     if texts is not None:
         show_records(list(fidelity.values()), fidelity_table(fidelity), style)
     else:
@@ -528,7 +538,7 @@ def _show_estimate(
 
 
 @contextmanager
-def _workers(devices: str | None, ray: str | None, device: str) -> Iterator[Workers | None]:
+def _workers(devices: str | None, ray: str | None, device: str) -> Iterator[ScoreWorkers | None]:
     """The workers that encode texts; None stands for this process."""
     if devices is None and ray is None:
         yield None
@@ -539,17 +549,17 @@ def _workers(devices: str | None, ray: str | None, device: str) -> Iterator[Work
         )
     import torch
 
-    from gteopt.corpus.ray_actors import ray_workers
-    from gteopt.corpus.workers import local_workers
+    from gteopt.corpus.ray_actors import start_ray_workers
+    from gteopt.corpus.workers import start_local_workers
     from gteopt.machine import parse_devices
 
     with ExitStack() as stack:
         if devices is not None:
-            workers = stack.enter_context(local_workers(parse_devices(devices)))
+            workers = stack.enter_context(start_local_workers(parse_devices(devices)))
         else:
             assert ray is not None
             # Ray prints messages on stdout, which would break the output of --json.
             stack.enter_context(redirect_stdout(sys.stderr))
-            opened = ray_workers(ray, device=device, n_threads=torch.get_num_threads())
+            opened = start_ray_workers(ray, device=device, n_threads=torch.get_num_threads())
             workers = stack.enter_context(opened)
         yield workers

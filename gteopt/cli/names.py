@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gteopt.errors import InputError, suggest
+from gteopt.errors import InputError, suggest_names
 
 if TYPE_CHECKING:
     from gteopt.config.yaml_files import ShippedKind
@@ -34,16 +34,16 @@ def check_model_name(name: str) -> None:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
         raise InputError(
             f"there is no folder {name}, and models on the Hub are named ORG/NAME; "
-            f"{suggest(name, ['nano', *PUBLISHED])}"
+            f"{suggest_names(name, ['nano', *PUBLISHED])}"
         )
 
 
-def names_of(kind: ShippedKind) -> Callable[[str], list[str]]:
+def complete_shipped_names(kind: ShippedKind) -> Callable[[str], list[str]]:
     """A shell completion for the shipped files of one kind."""
 
     def complete(incomplete: str) -> list[str]:
-        from gteopt.config.yaml_files import shipped_names
+        from gteopt.config.yaml_files import list_shipped_names
 
-        return [name for name in shipped_names(kind) if name.startswith(incomplete)]
+        return [name for name in list_shipped_names(kind) if name.startswith(incomplete)]
 
     return complete

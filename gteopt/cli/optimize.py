@@ -23,14 +23,21 @@ from gteopt.cli.options import (
     OwnData,
     OwnTexts,
     SuiteName,
-    finite,
+    check_finite_option,
     price_option,
 )
-from gteopt.cli.output import print_json, say, show_progress, show_results, stdout, style_of
-from gteopt.cli.own_data import check_own_data, parse_columns, parse_list
+from gteopt.cli.output import (
+    choose_output_style,
+    print_json,
+    print_status,
+    show_progress,
+    show_results,
+    stdout,
+)
+from gteopt.cli.own_data import check_own_data, parse_columns, parse_name_list
 
 if TYPE_CHECKING:
-    from gteopt.commands.optimize import Proposal
+    from gteopt.commands.optimize import PlanProposal
 
 
 def optimize(
@@ -73,7 +80,10 @@ def optimize(
     max_cost: Annotated[
         float | None,
         typer.Option(
-            min=0, callback=finite, help="dollars per million tokens", rich_help_panel=LIMITS
+            min=0,
+            callback=check_finite_option,
+            help="dollars per million tokens",
+            rich_help_panel=LIMITS,
         ),
     ] = None,
     price_per_hour: Annotated[
@@ -126,7 +136,7 @@ def optimize(
     """
     from gteopt.config.limits import Limits
 
-    style = style_of(as_json, as_csv, as_markdown)
+    style = choose_output_style(as_json, as_csv, as_markdown)
     limits = Limits(
         max_weights=max_weights,
         max_memory=max_memory,
@@ -143,22 +153,22 @@ def optimize(
     limits.policy(labelled=texts is None)  # refuses wrong amounts before heavy imports
     roles = parse_columns(columns)
     data = check_own_data(data, texts, suite, roles, hub_dir)
-    say("importing torch and the evaluation library")
+    print_status("importing torch and the evaluation library")
     from gteopt.commands.judges import Judges
-    from gteopt.commands.optimize import Search, carry_out, propose
+    from gteopt.commands.optimize import Search, propose_plan, run_proposal
 
     judges = Judges(
         data=data,
         texts=texts,
         columns=tuple(roles.items()),
         suite=suite,
-        languages=parse_list(languages),
+        languages=parse_name_list(languages),
         budget=budget,
     )
     search = Search(engine=engine, effort=effort, hub_dir=hub_dir, device=device)
     folder = out or Path("artifacts", Path(model).name)
-    say(f"inspecting {model}")
-    proposal = propose(model, judges, limits, search, out=folder)
+    print_status(f"inspecting {model}")
+    proposal = propose_plan(model, judges, limits, search, out=folder)
     if style == "table":
         _show_proposal(proposal)
     if dry_run:
@@ -169,11 +179,11 @@ def optimize(
             stdout.print(f"Next: gteopt run {proposal.file}", soft_wrap=True)
         return
     with show_progress() as progress:
-        results = carry_out(proposal, search, progress=progress)
+        results = run_proposal(proposal, search, progress=progress)
     show_results(results, style, folder=folder)
 
 
-def _show_proposal(proposal: Proposal) -> None:
+def _show_proposal(proposal: PlanProposal) -> None:
     from rich.filesize import decimal
     from rich.table import Table
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from gteopt.cli.names import check_model_name, names_of
+from gteopt.cli.names import check_model_name, complete_shipped_names
 from gteopt.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ LISTEN, PUBLISH = "The server", "What to publish"
 """Groups of options in a command's help."""
 
 
-def known_device(context: typer.Context, value: str) -> str:
+def check_device_option(context: typer.Context, value: str) -> str:
     """Refuse a device name that torch does not know, without importing torch."""
     if not context.resilient_parsing and not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
         hint = "; did you mean cuda?" if value == "gpu" else ""
@@ -32,7 +32,9 @@ def known_device(context: typer.Context, value: str) -> str:
     return value
 
 
-def known_model(context: typer.Context, value: str | list[str] | None) -> str | list[str] | None:
+def check_model_option(
+    context: typer.Context, value: str | list[str] | None
+) -> str | list[str] | None:
     """Refuse a name that is neither a folder, "nano" nor a possible Hub id."""
     if not context.resilient_parsing:
         for name in [value] if isinstance(value, str) else value or []:
@@ -40,14 +42,14 @@ def known_model(context: typer.Context, value: str | list[str] | None) -> str | 
     return value
 
 
-def existing_folder(context: typer.Context, value: Path) -> Path:
+def check_artifact_option(context: typer.Context, value: Path) -> Path:
     """Refuse an artifact folder that does not exist."""
     if not context.resilient_parsing and not value.exists():
         raise InputError(f"there is no folder {value}; give the folder of an artifact")
     return value
 
 
-def known_file(kind: ShippedKind) -> Callable[..., str | None]:
+def check_file_option(kind: ShippedKind) -> Callable[..., str | None]:
     """A callback that refuses a name that is neither shipped nor a YAML file."""
 
     def check(context: typer.Context, value: str | None) -> str | None:
@@ -60,7 +62,7 @@ def known_file(kind: ShippedKind) -> Callable[..., str | None]:
     return check
 
 
-def finite(value: float | None) -> float | None:
+def check_finite_option(value: float | None) -> float | None:
     """Refuse infinity and NaN."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a finite number")
@@ -71,20 +73,22 @@ def shipped_option(kind: ShippedKind, panel: str, help: str) -> Any:
     """An option that takes a shipped name or a YAML file, checked before the command runs."""
     return typer.Option(
         help=help,
-        callback=known_file(kind),
-        autocompletion=names_of(kind),
+        callback=check_file_option(kind),
+        autocompletion=complete_shipped_names(kind),
         rich_help_panel=panel,
     )
 
 
 def price_option(panel: str, help: str) -> Any:
     """An option that takes a price per hour."""
-    return typer.Option(min=0, callback=finite, help=help, rich_help_panel=panel)
+    return typer.Option(min=0, callback=check_finite_option, help=help, rich_help_panel=panel)
 
 
 Device = Annotated[
     str,
-    typer.Option(help="auto, cpu, cuda or cuda:N", callback=known_device, rich_help_panel=WHERE),
+    typer.Option(
+        help="auto, cpu, cuda or cuda:N", callback=check_device_option, rich_help_panel=WHERE
+    ),
 ]
 OwnData = Annotated[
     Path | None,
@@ -146,8 +150,8 @@ PlanName = Annotated[
     str,
     typer.Argument(
         help="a plan's YAML file, or a shipped plan (`gteopt plans`)",
-        callback=known_file("recipes/plans"),
-        autocompletion=names_of("recipes/plans"),
+        callback=check_file_option("recipes/plans"),
+        autocompletion=complete_shipped_names("recipes/plans"),
     ),
 ]
 HubDir = Annotated[
@@ -170,7 +174,8 @@ Kernels = Annotated[
     str,
     typer.Option(
         "--kernels",
-        help="kernels of quantized layers on a CPU: deterministic, measured, decoded, or a name",
+        help="products of quantized layers on a CPU: deterministic, measured, decoded, fbgemm, "
+        "onednn or int_mm",
         rich_help_panel=WHERE,
     ),
 ]
@@ -238,20 +243,26 @@ ActivationGb = Annotated[
     float,
     typer.Option(
         min=0,
-        callback=finite,
+        callback=check_finite_option,
         help="GiB of memory for hidden states of calibration texts; the rest goes to disk",
         rich_help_panel=WHERE,
     ),
 ]
 Out = Annotated[
     Path,
-    typer.Option(help="folder for the new artifact; must not exist yet", rich_help_panel=OUTPUT),
+    typer.Option(
+        help="folder for the new artifact, new or empty; if it already is this artifact, nothing "
+        "changes",
+        rich_help_panel=OUTPUT,
+    ),
 ]
-Base = Annotated[str, typer.Argument(help="'nano', a folder, or ORG/NAME", callback=known_model)]
-Artifact = Annotated[Path, typer.Argument(help="artifact folder", callback=existing_folder)]
+Base = Annotated[
+    str, typer.Argument(help="'nano', a folder, or ORG/NAME", callback=check_model_option)
+]
+Artifact = Annotated[Path, typer.Argument(help="artifact folder", callback=check_artifact_option)]
 Repo = Annotated[
     str, typer.Option(help="ORG/NAME on the Hub", metavar="ORG/NAME", rich_help_panel=PUBLISH)
 ]
 Artifacts = Annotated[
-    list[str], typer.Argument(help="artifact folders, or bases", callback=known_model)
+    list[str], typer.Argument(help="artifact folders, or bases", callback=check_model_option)
 ]

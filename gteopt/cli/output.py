@@ -16,8 +16,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
-from gteopt.cli.progress_bars import Steps, shown
-from gteopt.errors import InputError, visible
+from gteopt.cli.progress_bars import ProgressSteps, show_steps
+from gteopt.errors import InputError, escape_control_characters
 
 if TYPE_CHECKING:
     from gteopt.frozen import Frozen
@@ -34,7 +34,9 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """The text with control characters made visible and without markup."""
-        return super().render_str(visible(text), **{**options, "markup": False, "emoji": False})
+        return super().render_str(
+            escape_control_characters(text), **{**options, "markup": False, "emoji": False}
+        )
 
 
 # Piped output has no width. rich would assume 80 characters and drop columns of tables.
@@ -42,9 +44,9 @@ stdout = PlainConsole(width=None if sys.stdout.isatty() else 120)
 stderr = PlainConsole(stderr=True)
 
 
-def show_progress() -> AbstractContextManager[Steps]:
+def show_progress() -> AbstractContextManager[ProgressSteps]:
     """Progress bars on stderr."""
-    return shown(stderr)
+    return show_steps(stderr)
 
 
 def show_backend(name: str, backend: str, reason: str) -> None:
@@ -62,7 +64,7 @@ Style = Literal["table", "json", "csv", "markdown"]
 """How a result is printed."""
 
 
-def style_of(as_json: bool, as_csv: bool = False, as_markdown: bool = False) -> Style:
+def choose_output_style(as_json: bool, as_csv: bool = False, as_markdown: bool = False) -> Style:
     """The requested style.
 
     Raises:
@@ -147,7 +149,7 @@ def _show_screening(folder: Path) -> None:
             )
 
 
-def say(sentence: str) -> None:
+def print_status(sentence: str) -> None:
     """Tell a person at a terminal what happens in the next seconds."""
     if stderr.is_terminal:
         stderr.print(f"{sentence} ...", style="dim", markup=False, highlight=False, soft_wrap=True)
@@ -196,7 +198,7 @@ def show_manifest(
 
 def _calibrated_on(manifest: Manifest, calibration: CalibrationRecord) -> str:
     """The size of the calibration texts, with a warning if they are few for the widest layer."""
-    from gteopt.build.calibration_texts import few_tokens
+    from gteopt.build.calibration_texts import check_calibration_tokens
 
     size = (
         f"calibrated on {calibration.n_tokens:,} tokens of {calibration.n_texts:,} texts "
@@ -205,7 +207,7 @@ def _calibrated_on(manifest: Manifest, calibration: CalibrationRecord) -> str:
     if calibration.n_random:
         size += f" and {calibration.n_random} of random tokens"
     widths = (layer.in_features for layer in manifest.layers if layer.method == "gptq")
-    warning = few_tokens(calibration.n_tokens, max(widths, default=0))
+    warning = check_calibration_tokens(calibration.n_tokens, max(widths, default=0))
     return size if warning is None else f"{size}\nWarning: {warning}"
 
 
@@ -219,7 +221,7 @@ def show_publication(publication: Publication, out: Path | None, *, as_json: boo
     if as_json:
         print_json(json.loads(publication.model_dump_json(by_alias=True)))
         return
-    from gteopt.model.artifact import is_read
+    from gteopt.model.artifact import is_loadable_file
 
     table = Table(title=f"{out or publication.url}", title_justify="left", box=None, pad_edge=False)
     table.add_column("file", overflow="fold")
@@ -248,7 +250,7 @@ def show_publication(publication: Publication, out: Path | None, *, as_json: boo
         f"commit {publication.commit[:12]}",
         soft_wrap=True,
     )
-    if unknown := [path for path in publication.kept if is_read(Path(path))]:
+    if unknown := [path for path in publication.kept if is_loadable_file(Path(path))]:
         stderr.print(
             f"gteopt.load refuses {publication.repo} because it holds {', '.join(unknown)}: some "
             f"loader might read it, and no hash covers it. `gteopt pull` ignores it.",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gteopt.config.plan import ColumnRole
 
 
-def parse_list(text: str | None) -> tuple[str, ...]:
+def parse_name_list(text: str | None) -> tuple[str, ...]:
     """The names in a comma-separated list."""
     return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
@@ -28,7 +28,7 @@ def parse_columns(text: str | None) -> dict[ColumnRole, str]:
     from typing import get_args
 
     from gteopt.config.plan import ColumnRole
-    from gteopt.errors import suggest
+    from gteopt.errors import suggest_names
 
     roles: dict[ColumnRole, str] = {}
     for part in (text or "").split(","):
@@ -40,7 +40,7 @@ def parse_columns(text: str | None) -> dict[ColumnRole, str]:
             raise InputError(f"--columns '{part}': write ROLE=NAME, as in query=question")
         known = get_args(ColumnRole)
         if role not in known:
-            raise InputError(f"--columns: unknown role '{role}': {suggest(role, known)}")
+            raise InputError(f"--columns: unknown role '{role}': {suggest_names(role, known)}")
         roles[role] = name.strip()  # type: ignore[index]
     return roles
 
@@ -58,7 +58,7 @@ def check_own_data(
         The local file or folder of `--data`, also where `--data` names a data set.
     """
     from gteopt.evaluation.hub_tables import local_table
-    from gteopt.evaluation.user_data import read_own, read_texts
+    from gteopt.evaluation.user_data import read_own_data, read_texts
 
     if texts is not None and (data is not None or suite is not None):
         raise InputError("--texts has no labels to score; leave out --data and --suite")
@@ -66,7 +66,7 @@ def check_own_data(
         raise InputError("--columns needs --data or --texts, whose columns it names")
     if data is not None:
         data = local_table(data, hub_dir=hub_dir)
-        read_own(data, columns)
+        read_own_data(data, columns)
     if texts is not None:
         read_texts(texts, columns)
     return data

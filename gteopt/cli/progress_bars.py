@@ -26,8 +26,8 @@ _LINE_EVERY_S = 60.0
 
 
 @contextmanager
-def shown(console: Console) -> Iterator[Steps]:
-    """Steps that show their progress on a console; see `Steps`."""
+def show_steps(console: Console) -> Iterator[ProgressSteps]:
+    """Steps that show their progress on a console; see `ProgressSteps`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -36,7 +36,7 @@ def shown(console: Console) -> Iterator[Steps]:
         TimeElapsedColumn(),
         _Left(),
     )
-    steps = Steps(Progress(*columns, console=console, transient=True))
+    steps = ProgressSteps(Progress(*columns, console=console, transient=True))
     try:
         yield steps
         steps.close()
@@ -58,14 +58,14 @@ class _Left(ProgressColumn):
     def render(self, task: Task) -> Text:
         """The remaining time; empty where it is not known, or where the step is finished."""
         left = task.time_remaining
-        return Text("" if not left else left_in_words(left))
+        return Text("" if not left else format_time_left(left))
 
 
-def left_in_words(seconds: float) -> str:
+def format_time_left(seconds: float) -> str:
     """A remaining time, rounded: "about 22 s left", "about 3 min left".
 
     Example:
-        >>> left_in_words(142)
+        >>> format_time_left(142)
         'about 2 min left'
     """
     for unit, size in (("h", 3600), ("min", 60)):
@@ -74,7 +74,7 @@ def left_in_words(seconds: float) -> str:
     return f"about {max(1, round(seconds))} s left"
 
 
-class Steps:
+class ProgressSteps:
     """A bar for the current step; a finished step leaves one line with its units and its time.
 
     Without a terminal (a batch job, nohup, CI), a line per minute replaces the bar.
@@ -106,7 +106,7 @@ class Steps:
             self._last_line = now
             rate = done / (now - self._since)
             is_known = rate > 0 and done < total
-            left = f", {left_in_words((total - done) / rate)}" if is_known else ""
+            left = f", {format_time_left((total - done) / rate)}" if is_known else ""
             self._line(f"{what}  {done:,}/{total:,} at {_rate(rate)}/s{left}")
 
     def close(self) -> None:

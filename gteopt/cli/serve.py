@@ -17,7 +17,7 @@ from gteopt.cli.options import (
     Device,
     HubDir,
     Kernels,
-    finite,
+    check_finite_option,
     price_option,
 )
 from gteopt.cli.output import show_backend, stderr, stdout
@@ -65,7 +65,7 @@ def serve(
         float,
         typer.Option(
             min=0.1,
-            callback=finite,
+            callback=check_finite_option,
             help="seconds of work that may wait; further requests get an error to retry",
             rich_help_panel=LIMITS,
         ),
@@ -112,32 +112,37 @@ def serve(
 
     Example: `gteopt serve artifacts/demo/variants/gptq-int4`
     """
-    from gteopt.commands.serve import ServerRuntime, check_installed, log_to, open_decoder
+    from gteopt.commands.serve import (
+        ServerRuntime,
+        check_server_installed,
+        configure_server_logs,
+        open_token_decoder,
+    )
     from gteopt.commands.serve import serve as serve_until_stopped
 
-    check_installed()
+    check_server_installed()
     # Passes have some hundred shapes; oneDNN caches compiled kernels for 1,024 by default.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    from gteopt.server.keys import read_keys
-    from gteopt.server.settings import Settings
+    from gteopt.server.keys import read_api_keys
+    from gteopt.server.settings import ServerSettings
 
-    settings = Settings(
+    settings = ServerSettings(
         max_queue_s=max_queue_seconds,
         max_batch_tokens=max_batch_tokens,
         cache_bytes=cache_mb << 20,
         price_per_hour=price_per_hour,
-        decoder=open_decoder(decode_tokens) if decode_tokens is not None else None,
+        decoder=open_token_decoder(decode_tokens) if decode_tokens is not None else None,
         log_requests=log_requests,
         cors_origins=tuple(cors_origin or ()),
     )
-    keys = read_keys(api_keys) if api_keys is not None else None
+    keys = read_api_keys(api_keys) if api_keys is not None else None
     if keys is None and host not in ("127.0.0.1", "::1", "localhost"):
         stderr.print(
             f"gteopt: anybody who can reach {host} may use this server; give --api-keys FILE",
             style="yellow",
             soft_wrap=True,
         )
-    log_to(sys.stderr)
+    configure_server_logs(sys.stderr)
     runtime = ServerRuntime(
         host=host,
         port=port,

@@ -59,7 +59,7 @@ def publish(
 
     Example: `gteopt publish artifacts/nano-int4 --repo me/nano-int4 --dry-run`
     """
-    from gteopt.publishing.publish import prepare, write_folder
+    from gteopt.publishing.publish import prepare_publication, write_publication
     from gteopt.publishing.publish import publish as send
 
     if out is not None and not dry_run:
@@ -69,7 +69,9 @@ def publish(
         from gteopt.evaluation.tasks import hub_datasets
 
         datasets = hub_datasets()
-    folder = prepare(artifact, repo, results=results, license=license, datasets=datasets)
+    folder = prepare_publication(
+        artifact, repo, results=results, license=license, datasets=datasets
+    )
     if folder.terms.binds is not None:
         stderr.print(
             f"{repo} will be under {folder.terms.license}: {folder.terms.binds}",
@@ -79,7 +81,7 @@ def publish(
         )
     if dry_run:
         out = out or artifact.with_name(f"{artifact.name}-published")
-        publication = write_folder(folder, out)
+        publication = write_publication(folder, out)
     else:
         publication = send(folder, private=private)
     show_publication(publication, out, as_json=as_json)

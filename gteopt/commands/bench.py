@@ -19,22 +19,22 @@ from gteopt.build.quantize import quantize
 from gteopt.config.plan import BenchSpec
 from gteopt.config.recipe import Recipe, load_recipe
 from gteopt.encoder.description import AskedBackend, pick_device
-from gteopt.encoder.openvino import refuse_unknown
+from gteopt.encoder.openvino import refuse_unknown_openvino
 from gteopt.errors import InputError, IntegrityError, join_problems
-from gteopt.machine import machine, versions
-from gteopt.progress import Progress, quiet
+from gteopt.machine import describe_machine, read_library_versions
+from gteopt.progress import Progress, ignore_progress
 from gteopt.records.bench import BenchReport, DummyRecord
 from gteopt.records.files import read_record, write_record
 from gteopt.report.rows import machine_line
-from gteopt.speed.protocol import BenchOptions, bench, open_all
-from gteopt.speed.random_model import largest_depth, shape_of, write_dummy
-from gteopt.speed.whole_model import extrapolate, shallow_depth
+from gteopt.speed.protocol import BenchOptions, open_bench_models, run_bench_protocol
+from gteopt.speed.random_model import largest_depth, shape_at_depth, write_random_model
+from gteopt.speed.whole_model import extrapolate_whole_model, shallow_depth
 
 BASELINE = "bf16"
 
 
 @dataclass(frozen=True)
-class ReportFile:
+class BenchReportFile:
     """Where a report is kept, and how an earlier report in that file is treated.
 
     Attributes:
@@ -76,7 +76,7 @@ def bench_dummy(
     spec: BenchSpec,
     n_layers: int | None = None,
     keep: Callable[[BenchReport], object] = lambda report: None,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     **options: Unpack[BenchOptions],
 ) -> BenchReport:
     """Measure recipes on random weights with the shape of a published model.
@@ -86,7 +86,7 @@ def bench_dummy(
     extrapolates linearly to the whole model.
 
     Args:
-        base: see `write_dummy`.
+        base: see `write_random_model`.
         recipes: names of recipes that need no calibration, in the order of the report.
         spec: what to measure.
         n_layers: blocks to build; as many as memory and disk hold when None.
@@ -95,7 +95,8 @@ def bench_dummy(
         options: see `BenchOptions`.
 
     Raises:
-        InputError: a recipe needs calibration; or see `write_dummy` and `bench`.
+        InputError: a recipe needs calibration; see also `write_random_model` and
+            `run_bench_protocol`.
         UnsupportedError: the backend does not support this architecture.
     """
     pick_device(options.get("device", "auto"))
@@ -106,7 +107,7 @@ def bench_dummy(
             f"with rounding, which run on the same kernels: rtn-int8, rtn-fp8, rtn-int4 or nf4"
         )
     if options.get("backend", "torch") == "openvino":
-        refuse_unknown(shape_of(base, n_layers)[0])
+        refuse_unknown_openvino(shape_at_depth(base, n_layers)[0])
     n = n_layers or largest_depth(base, Path(tempfile.gettempdir()))
     dummy_bench = _DummyBench(base, wanted, spec, progress, options)
     deep = dummy_bench.measure(n, keep)
@@ -116,7 +117,7 @@ def bench_dummy(
         return deep
     shallow = dummy_bench.measure(n_shallow, lambda report: None)
     try:
-        whole = extrapolate(deep, shallow, (n, n_shallow), deep.dummy.of_layers)
+        whole = extrapolate_whole_model(deep, shallow, (n, n_shallow), deep.dummy.of_layers)
     except InputError as noise:
         warnings.warn(f"no estimate for the whole model: {noise}", stacklevel=2)
         return deep
@@ -142,7 +143,7 @@ class _DummyBench:
         with tempfile.TemporaryDirectory(prefix="gteopt-") as scratch:
             folder = Path(scratch) / BASELINE
             on_gpu = device != "cpu" and torch.cuda.is_available()
-            n, of_layers = write_dummy(
+            n, of_layers = write_random_model(
                 self.base,
                 folder,
                 n_layers=n_layers,
@@ -159,7 +160,7 @@ class _DummyBench:
                 return report.model_copy(update={"dummy": dummy})
 
             return with_dummy(
-                bench(
+                run_bench_protocol(
                     sources,
                     baseline=BASELINE,
                     spec=self.spec,
@@ -170,10 +171,10 @@ class _DummyBench:
             )
 
 
-def measure(
+def bench_to_file(
     sources: Mapping[str, str],
     spec: BenchSpec,
-    file: ReportFile,
+    file: BenchReportFile,
     *,
     baseline: str,
     progress: Progress,
@@ -187,23 +188,27 @@ def measure(
     name that it has in the report.
 
     Args:
-        sources: see `bench`.
-        spec: see `bench`.
+        sources: see `run_bench_protocol`.
+        spec: see `run_bench_protocol`.
         file: where the report is kept.
-        baseline: see `bench`.
-        progress: see `bench`.
-        options: see `bench`.
+        baseline: see `run_bench_protocol`.
+        progress: see `run_bench_protocol`.
+        options: see `run_bench_protocol`.
 
     Raises:
         InputError: the file's report was measured under other conditions, which are listed before
-            anything is measured; or see `bench`.
+            anything is measured; or see `run_bench_protocol`.
     """
     path = file.path
     if path is None:
-        report = bench(sources, baseline=baseline, spec=spec, progress=progress, **options)
+        report = run_bench_protocol(
+            sources, baseline=baseline, spec=spec, progress=progress, **options
+        )
         return report.model_copy(update={"price_per_hour": file.price_per_hour})
     skip_too_long = options.pop("skip_too_long", False)
-    checkpoints, spec = open_all(sources, baseline, spec, options.get("hub_dir"), skip_too_long)
+    checkpoints, spec = open_bench_models(
+        sources, baseline, spec, options.get("hub_dir"), skip_too_long
+    )
     hashes = {name: checkpoint.sha256 for name, checkpoint in checkpoints.items()}
     old = file.read()
     if old is not None:
@@ -238,12 +243,14 @@ def measure(
         assert old is not None
         return keep(old)
     return keep(
-        bench(wanted, baseline=baseline, spec=spec, keep=keep, progress=progress, **options)
+        run_bench_protocol(
+            wanted, baseline=baseline, spec=spec, keep=keep, progress=progress, **options
+        )
     )
 
 
 def _replace_or_refuse(
-    old: BenchReport, file: ReportFile, sources: Mapping[str, str], problems: list[str]
+    old: BenchReport, file: BenchReportFile, sources: Mapping[str, str], problems: list[str]
 ) -> None:
     """Warn of lost variants if a report of other conditions is replaced; otherwise raise."""
     if not file.skip_measured:
@@ -281,11 +288,11 @@ def _without(by_name: Mapping[str, str], name: str) -> dict[str, str]:
     return {key: value for key, value in by_name.items() if key != name}
 
 
-def measure_dummy(
+def bench_dummy_to_file(
     base: str,
     recipes: Sequence[str],
     spec: BenchSpec,
-    file: ReportFile,
+    file: BenchReportFile,
     *,
     n_layers: int | None,
     progress: Progress,
@@ -341,7 +348,7 @@ class _Conditions:
         baseline = old.variants.get(old.baseline)
         then_now: dict[str, tuple[object, object]] = {
             "spec": (_in_short(old.spec), _in_short(self.spec)),
-            "machine": (machine_line(old.machine), machine_line(machine())),
+            "machine": (machine_line(old.machine), machine_line(describe_machine())),
             "device": (old.device, self.device),
             "threads": (old.n_threads, torch.get_num_threads()),
             "backend": (old.versions.get("backend", "torch"), self.backend),
@@ -355,7 +362,8 @@ class _Conditions:
         }
         # The report's versions also hold the baseline's dtype and the backend.
         then_now |= {
-            name: (old.versions.get(name, "none"), version) for name, version in versions().items()
+            name: (old.versions.get(name, "none"), version)
+            for name, version in read_library_versions().items()
         }
         return [
             f"{name}: {then} there, {now} now"

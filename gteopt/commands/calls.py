@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gteopt.commands.bench import ReportFile, measure
-from gteopt.commands.choose import judge
-from gteopt.commands.evaluate import Setup, base_of
-from gteopt.commands.judges import Judges, evaluate_on
-from gteopt.commands.names import named
+from gteopt.commands.bench import BenchReportFile, bench_to_file
+from gteopt.commands.choose import choose_by_policy
+from gteopt.commands.evaluate import EvaluationSetup, find_common_base
+from gteopt.commands.judges import Judges, evaluate_on_judges
+from gteopt.commands.names import name_sources
 from gteopt.config.plan import BenchSpec
 from gteopt.config.policy import DEFAULT_MARGIN, Policy, load_policy
 from gteopt.encoder.description import AskedBackend
 from gteopt.errors import InputError
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 from gteopt.records.bench import BenchReport
 from gteopt.records.choice import Choice
 from gteopt.records.evaluation import EvalReport, FidelityReport
@@ -35,7 +35,7 @@ def bench(
     device: str = "auto",
     backend: AskedBackend = "torch",
     kernels: str = "deterministic",
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> BenchReport:
     """Speed and memory of artifacts, each interleaved with the baseline.
 
@@ -56,11 +56,11 @@ def bench(
     Example:
         >>> report = gteopt.bench("artifacts/nano-int4", baseline="nano", out="artifacts/results")
     """
-    sources = named([*([] if baseline is None else [str(baseline)]), *_listed(artifacts)])
-    return measure(
+    sources = name_sources([*([] if baseline is None else [str(baseline)]), *_listed(artifacts)])
+    return bench_to_file(
         sources,
         spec or BenchSpec(),
-        ReportFile(None if out is None else Path(out)),
+        BenchReportFile(None if out is None else Path(out)),
         baseline=next(iter(sources)),
         hub_dir=hub_dir,
         skip_too_long=spec is None,
@@ -78,8 +78,8 @@ def evaluate(
     baseline: str | Path | None = None,
     margin: float = DEFAULT_MARGIN,
     out: str | Path | None = None,
-    how: Setup | None = None,
-    progress: Progress = quiet,
+    how: EvaluationSetup | None = None,
+    progress: Progress = ignore_progress,
 ) -> dict[str, EvalReport] | dict[str, FidelityReport]:
     """Scores of artifacts on labels, or their closeness to the baseline on texts, by name.
 
@@ -103,12 +103,14 @@ def evaluate(
         raise InputError("nothing to evaluate on; give Judges a suite, data or texts")
     if not 0 < margin < 1:
         raise InputError(f"margin {margin:g}: give a difference of scores, between 0 and 1")
-    how = how or Setup()
+    how = how or EvaluationSetup()
     judges = judges.located(how.hub_dir)  # before the artifacts are read
     listed = _listed(artifacts)
-    sources = named([str(baseline) if baseline is not None else base_of(listed), *listed])
+    sources = name_sources(
+        [str(baseline) if baseline is not None else find_common_base(listed), *listed]
+    )
     folder = None if out is None else Path(out)
-    evals, fidelity = evaluate_on(
+    evals, fidelity = evaluate_on_judges(
         judges, sources, folder, how=how, margin=margin, progress=progress
     )
     return evals if judges.texts is None else fidelity
@@ -130,7 +132,7 @@ def choose(results: str | Path, policy: str | Policy = "balanced") -> Choice:
     """
     if not isinstance(policy, Policy):
         policy = load_policy(policy)
-    judged = judge(Path(results), policy)
+    judged = choose_by_policy(Path(results), policy)
     assert judged.choice is not None
     return judged.choice
 

@@ -8,16 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gteopt.commands.evaluate import Setup
-from gteopt.commands.judges import Judges, evaluate_on
-from gteopt.commands.names import side_by_side
+from gteopt.commands.evaluate import EvaluationSetup
+from gteopt.commands.judges import Judges, evaluate_on_judges
+from gteopt.commands.names import name_pair
 from gteopt.config.engines import Engine
 from gteopt.encoder.engines import engines_of_artifact
 from gteopt.errors import GteoptError, InputError
 from gteopt.evaluation.compare import compare_item_scores
 from gteopt.model.artifact import is_artifact, read_manifest
 from gteopt.model.checkpoint import open_checkpoint
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 from gteopt.records.evaluation import EvalReport, FidelityReport, ItemComparison
 from gteopt.records.manifest import Manifest
 from gteopt.records.results_folder import Results, read_results
@@ -55,8 +55,8 @@ def compare(
     second: str | Path,
     judges: Judges | None = None,
     *,
-    how: Setup | None = None,
-    progress: Progress = quiet,
+    how: EvaluationSetup | None = None,
+    progress: Progress = ignore_progress,
 ) -> Comparison:
     """Compare two artifacts or two results folders.
 
@@ -76,14 +76,16 @@ def compare(
         >>> gteopt.compare("artifacts/nano-int4", "artifacts/nano-int8")
     """
     sources = [Path(first), Path(second)]
-    names = side_by_side(*sources)
+    names = name_pair(*sources)
     if all(is_artifact(source) for source in sources):
         manifests = tuple(read_manifest(source) for source in sources)
         compared = Comparison(names, manifests, tuple(map(_engines, sources)))
         if judges is None:
             return compared
         by_name = {name: str(source) for name, source in zip(names, sources, strict=True)}
-        evals, fidelity = evaluate_on(judges, by_name, None, how=how or Setup(), progress=progress)
+        evals, fidelity = evaluate_on_judges(
+            judges, by_name, None, how=how or EvaluationSetup(), progress=progress
+        )
         return replace(compared, evals=evals, fidelity=fidelity)
     if any(is_artifact(source) for source in sources):
         raise InputError(

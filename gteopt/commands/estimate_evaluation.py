@@ -17,8 +17,8 @@ import numpy as np
 from gteopt.errors import InputError, IntegrityError
 from gteopt.evaluation.data_check import missing_data
 from gteopt.evaluation.suites import Suite, SuiteTask
-from gteopt.evaluation.task_choice import part_within
-from gteopt.evaluation.task_facts import Amount, amount_of, read_task_facts
+from gteopt.evaluation.task_choice import choose_suite_part
+from gteopt.evaluation.task_facts import TaskAmount, read_task_facts, task_amount
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.records.bench import BenchReport
 from gteopt.records.evaluation import EvaluationEstimate, TaskEstimate
@@ -58,9 +58,9 @@ def estimate_evaluation(
     names = list(sources)
     checkpoint = open_checkpoint(sources[names[0]], hub_dir=hub_dir)
     amounts = {
-        task.task: amount_of(task, _longest(task, suite, checkpoint)) for task in suite.tasks
+        task.task: task_amount(task, _longest(task, suite, checkpoint)) for task in suite.tasks
     }
-    total = sum((amount for amount in amounts.values() if amount is not None), Amount())
+    total = sum((amount for amount in amounts.values() if amount is not None), TaskAmount())
     rate, rate_source = _rate(names, checkpoint, folder)
     seconds = None if rate is None else len(names) * total.n_tokens / rate
     missing = {task: _amount_of(suite, task) for task, _, _ in missing_data(suite, hub_dir)}
@@ -90,7 +90,7 @@ def estimate_evaluation(
     )
 
 
-def within_budget(
+def limit_evaluation_time(
     sources: Mapping[str, str],
     suite: Suite,
     budget_s: float,
@@ -106,7 +106,7 @@ def within_budget(
 
     Args:
         sources: models by name, the baseline first.
-        suite: a suite with published scores; see `part_within`.
+        suite: a suite with published scores; see `choose_suite_part`.
         budget_s: seconds for all models together.
         folder: results folder that may hold a bench.json and an earlier choice.
         hub_dir: folder of data sets; tasks whose data is missing there are not chosen.
@@ -114,7 +114,7 @@ def within_budget(
             is an artifact.
 
     Raises:
-        InputError: the speed is not known; or see `part_within`.
+        InputError: the speed is not known; or see `choose_suite_part`.
     """
     kept = None if folder is None else folder / "part.json"
     if kept is not None and kept.is_file():
@@ -137,10 +137,10 @@ def within_budget(
         n_models = len(names) + (checkpoint.manifest is not None)
     seconds = {}
     for task in suite.tasks:
-        amount = amount_of(task, _longest(task, suite, checkpoint))
+        amount = task_amount(task, _longest(task, suite, checkpoint))
         if amount is not None and not {task.task, *_parts_of(task)} & set(missing):
             seconds[task.task] = n_models * amount.n_tokens / rate
-    part = part_within(suite, seconds, budget_s)
+    part = choose_suite_part(suite, seconds, budget_s)
     if kept is not None and part.stands_for is not None:
         write_record(kept, part)
     return part
@@ -156,10 +156,10 @@ def _longest(task: SuiteTask, suite: Suite, checkpoint: Checkpoint) -> int:
     return min(longest, checkpoint.max_tokens)
 
 
-def _amount_of(suite: Suite, name: str) -> Amount | None:
+def _amount_of(suite: Suite, name: str) -> TaskAmount | None:
     """The amount of a suite's task, or of a part of a task."""
     entries = [task for task in suite.tasks if task.task == name]
-    return amount_of(entries[0] if entries else SuiteTask(task=name))
+    return task_amount(entries[0] if entries else SuiteTask(task=name))
 
 
 def _rate(

@@ -16,28 +16,28 @@ from pathlib import Path
 from typing import cast
 
 from gteopt.build.fit_vectors import fit_transforms
-from gteopt.commands.own_examples import OwnTexts, write_examples
+from gteopt.commands.own_examples import OwnTexts, write_own_examples
 from gteopt.config.plan import ColumnRole
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.config.recipe import CODES_BY_DIMS, VectorCode
-from gteopt.corpus.workers import Workers
-from gteopt.encoder.description import AskedBackend, Description, describe
+from gteopt.corpus.workers import ScoreWorkers
+from gteopt.encoder.description import AskedBackend, EncoderDescription, describe_encoder
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load
-from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest
-from gteopt.evaluation.compare import BaselineDraws, compare
+from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems, suggest_names
+from gteopt.evaluation.compare import BaselineDraws, compare_with_baseline
 from gteopt.evaluation.data_check import check_data
-from gteopt.evaluation.fidelity import digest_of, fidelity, most_changed
+from gteopt.evaluation.fidelity import most_changed_texts, score_fidelity, text_digest
 from gteopt.evaluation.item_scores_file import write_item_scores
 from gteopt.evaluation.runner import (
     ENCODE_OPTIONS,
-    EncodeOptions,
+    SuiteEncodeOptions,
     SuiteRun,
     begin_views,
     run_texts,
     run_views,
 )
-from gteopt.evaluation.statistics import settle
+from gteopt.evaluation.statistics import correct_verdicts
 from gteopt.evaluation.stopping import StopRule
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.user_data import read_texts
@@ -51,7 +51,7 @@ from gteopt.records.files import read_record, write_record
 
 
 @dataclass(frozen=True)
-class Grid:
+class VectorGrid:
     """Dimensions and codes in which every variant is scored, encoded once.
 
     Attributes:
@@ -63,7 +63,7 @@ class Grid:
     codes: tuple[VectorCode, ...] = ("float32",)
 
 
-def parse_grid(dims: str | None, codes: str | None) -> Grid:
+def parse_vector_grid(dims: str | None, codes: str | None) -> VectorGrid:
     """A grid from comma-separated lists; the defaults are full dimensions and float32.
 
     Raises:
@@ -79,13 +79,13 @@ def parse_grid(dims: str | None, codes: str | None) -> Grid:
     known = CODES_BY_DIMS
     wanted = _listed(codes) or ["float32"]
     problems += [
-        f"--vectors: unknown code '{code}': {suggest(code, known)}"
+        f"--vectors: unknown code '{code}': {suggest_names(code, known)}"
         for code in wanted
         if code not in known
     ]
     if problems:
         raise InputError(join_problems("the grid cannot be scored", problems))
-    return Grid(
+    return VectorGrid(
         dims=tuple(int(n) for n in lengths),
         codes=tuple(code for code in known if code in wanted),
     )
@@ -98,7 +98,7 @@ def _listed(names: str | None) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Setup:
+class EvaluationSetup:
     """How variants are encoded, and which of their vectors are judged.
 
     Attributes:
@@ -113,7 +113,7 @@ class Setup:
             process still loads each variant to fit its transforms.
         options: how texts are encoded and cached.
         asked: see `EvalReport`.
-        correction: what the verdicts' error rate covers; see `settle`.
+        correction: what the verdicts' error rate covers; see `correct_verdicts`.
         examples: whether own texts whose neighbours changed most are stored as plain text.
         stops: whether a variant's task stops once its verdict is certain.
     """
@@ -123,21 +123,21 @@ class Setup:
     dtype: str = "auto"
     backend: AskedBackend = "torch"
     kernels: str = "deterministic"
-    grid: Grid | None = None
-    workers: Workers | None = None
-    options: EncodeOptions = ENCODE_OPTIONS
+    grid: VectorGrid | None = None
+    workers: ScoreWorkers | None = None
+    options: SuiteEncodeOptions = ENCODE_OPTIONS
     asked: tuple[str, ...] = ()
     correction: Correction = "family"
     examples: bool = False
     stops: bool = False
 
 
-def score(
+def evaluate_suite(
     sources: Mapping[str, str],
     suite: Suite,
     folder: Path | None,
     *,
-    how: Setup,
+    how: EvaluationSetup,
     margin: float = DEFAULT_MARGIN,
     progress: Progress,
 ) -> dict[str, EvalReport]:
@@ -166,8 +166,7 @@ def score(
         if opened is None or how.grid is not None:  # a grid is fitted on a loaded model
             own_how = _setup_of(name, sources, backends, how)
             opened = _open(name, sources[name], own_how, progress, ahead=ahead)
-        ahead = None
-        options = opened.options
+        ahead, options = None, opened.options
         if how.workers is not None and next_name is not None and not how.stops:
             # Without a grid, only a model's description is opened, which takes no memory.
             without_grid = replace(_setup_of(next_name, sources, backends, how), grid=None)
@@ -194,18 +193,22 @@ def score(
         for done, (row, run) in enumerate(zip(views, runs, strict=True)):
             progress(f"{name}: comparing with {baseline.encoder}", done, len(runs))
             noted_run = replace(run, notes=(*run.notes, *notes))
-            report = compare(baseline, noted_run, variant_name=row, margin=margin, drawn=drawn)
+            report = compare_with_baseline(
+                baseline, noted_run, variant_name=row, margin=margin, drawn=drawn
+            )
             if folder is not None:
                 write_item_scores(folder / "items" / f"{row}.parquet", noted_run, row)
             reports[row] = report.model_copy(update={"asked": how.asked})
             examples |= own_texts.of(run, row) if own_texts else {}
-    reports = settle(reports, how.correction)
+    reports = correct_verdicts(reports, how.correction)
     if folder is not None:
         _write(folder / "eval", reports, examples)
     return reports
 
 
-def _rule(baseline: SuiteRun | None, how: Setup, margin: float, n_sources: int) -> StopRule | None:
+def _rule(
+    baseline: SuiteRun | None, how: EvaluationSetup, margin: float, n_sources: int
+) -> StopRule | None:
     """The rule that stops a variant's tasks; None for the baseline, which is scored fully."""
     if baseline is None or not how.stops:
         return None
@@ -215,12 +218,12 @@ def _rule(baseline: SuiteRun | None, how: Setup, margin: float, n_sources: int) 
     return StopRule(baseline.item_scores, baseline.encoder_sha256, margin, n_claims)
 
 
-def compare_texts(
+def evaluate_texts(
     sources: Mapping[str, str],
     file: Path,
     folder: Path | None,
     *,
-    how: Setup,
+    how: EvaluationSetup,
     columns: Mapping[ColumnRole, str] | None = None,
     progress: Progress,
 ) -> dict[str, FidelityReport]:
@@ -234,13 +237,13 @@ def compare_texts(
     `examples/` of the results folder. Otherwise, examples of an earlier run are removed.
 
     Raises:
-        InputError: examples without a results folder; or see `score`.
+        InputError: examples without a results folder; or see `evaluate_suite`.
     """
     _check_folder(folder, how)
     backends = _check_all(sources, None, how)
     texts = read_texts(file, columns)
     examples: dict[str, Examples] = {}
-    known = {digest_of(text): text for text in texts}
+    known = {text_digest(text): text for text in texts}
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     reports: dict[str, FidelityReport] = {}
     baseline = None
@@ -268,7 +271,7 @@ def compare_texts(
                 n_encoded_texts=0 if done else run.encodings.n_encoded,
                 n_cut_texts=run.encodings.n_cut,
                 notes=(*run.notes, *notes),
-                fidelity=fidelity(baseline[1], run.fidelity_sample, view.vectors),
+                fidelity=score_fidelity(baseline[1], run.fidelity_sample, view.vectors),
                 machine=run.machine,
                 versions=run.versions,
             )
@@ -279,7 +282,9 @@ def compare_texts(
                     baseline=baseline[0].name,
                     baseline_sha256=baseline[0].sha256,
                     texts=file.name,
-                    examples=most_changed(baseline[1], run.fidelity_sample, view.vectors, known),
+                    examples=most_changed_texts(
+                        baseline[1], run.fidelity_sample, view.vectors, known
+                    ),
                 )
     if folder is not None:
         _write(folder / "fidelity", reports, examples)
@@ -294,12 +299,15 @@ def _write(
     """Write reports to their folder, and examples to the folder beside it."""
     for name, report in reports.items():
         write_record(reports_folder / f"{name}.json", report)
-    write_examples(reports_folder.parent, reports, examples)
+    write_own_examples(reports_folder.parent, reports, examples)
 
 
 def _setup_of(
-    name: str, sources: Mapping[str, str], backends: Mapping[str, AskedBackend], how: Setup
-) -> Setup:
+    name: str,
+    sources: Mapping[str, str],
+    backends: Mapping[str, AskedBackend],
+    how: EvaluationSetup,
+) -> EvaluationSetup:
     """How a source is encoded. The first is the baseline, which torch encodes deterministically."""
     if name == next(iter(sources)):
         return replace(how, backend="torch", kernels="deterministic")
@@ -307,7 +315,7 @@ def _setup_of(
 
 
 def _check_all(
-    sources: Mapping[str, str], folder: Path | None, how: Setup
+    sources: Mapping[str, str], folder: Path | None, how: EvaluationSetup
 ) -> dict[str, AskedBackend]:
     """Open every source, so that a damaged or misspelt one is refused before a long evaluation.
 
@@ -365,8 +373,8 @@ class _Opened:
         notes: notes of its workers so far.
     """
 
-    encoder: Description
-    options: EncodeOptions
+    encoder: EncoderDescription
+    options: SuiteEncodeOptions
     views: dict[str, View]
     notes: list[str]
 
@@ -374,7 +382,7 @@ class _Opened:
 def _open(
     name: str,
     source: str,
-    how: Setup,
+    how: EvaluationSetup,
     progress: Progress,
     *,
     ahead: _Opened | None = None,
@@ -382,9 +390,9 @@ def _open(
     """Open a source; `ahead` is its description, if workers already encode with it."""
     options, notes = how.options, list[str]()
     device = how.device if how.workers is None else how.workers.device
-    opener: Callable[..., Description] = partial(load, kernels=how.kernels)
+    opener: Callable[..., EncoderDescription] = partial(load, kernels=how.kernels)
     if how.workers is not None and how.grid is None:
-        opener = describe
+        opener = describe_encoder
     encoder = opener(
         source,
         device=device,
@@ -420,7 +428,7 @@ def _same_vectors(first: _Opened, second: _Opened) -> bool:
 
 
 def _beginning(
-    opened: _Opened, suite: Suite, folder: Path | None, how: Setup
+    opened: _Opened, suite: Suite, folder: Path | None, how: EvaluationSetup
 ) -> Callable[[], None]:
     return partial(
         begin_views,
@@ -432,7 +440,7 @@ def _beginning(
     )
 
 
-def _check_folder(folder: Path | None, how: Setup) -> None:
+def _check_folder(folder: Path | None, how: EvaluationSetup) -> None:
     if folder is not None and folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give a folder for results")
     if how.examples and folder is None:
@@ -444,14 +452,14 @@ def _store(folder: Path | None) -> Path | None:
 
 
 def _grid_views(
-    encoder: Encoder, name: str, grid: Grid, *, hub_dir: Path | None, progress: Progress
+    encoder: Encoder, name: str, grid: VectorGrid, *, hub_dir: Path | None, progress: Progress
 ) -> dict[str, View]:
     transforms = fit_transforms(encoder, grid.dims, grid.codes, hub_dir=hub_dir, progress=progress)
     rows = {f"{name}-{transform.dims}-{transform.code}": transform for transform in transforms}
     return {row: view_of(encoder, transform, row) for row, transform in rows.items()}
 
 
-def base_of(sources: Sequence[str]) -> str:
+def find_common_base(sources: Sequence[str]) -> str:
     """The base that all artifacts were made from, as a source for `load`.
 
     Raises:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from gteopt.build.st_folder import WEIGHTS, _write_json
 from gteopt.encoder.description import parse_dtype
-from gteopt.encoder.loading import openvino_weights
+from gteopt.encoder.loading import load_openvino_weights
 from gteopt.encoder.openvino import save_openvino_model
-from gteopt.encoder.skeleton import build_skeleton, whole_config
+from gteopt.encoder.skeleton import build_skeleton, build_whole_config
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.model.artifact import MANIFEST
 from gteopt.model.checkpoint import VECTORS_FILE, open_checkpoint
@@ -64,8 +64,8 @@ def export_openvino(
         config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         _write_json(unfinished / "config.json", config)
         kind = parse_dtype(manifest.base.dtype)
-        weights = openvino_weights(checkpoint, build_skeleton(checkpoint), kind)
-        save_openvino_model(whole_config(checkpoint), weights, unfinished)
+        weights = load_openvino_weights(checkpoint, build_skeleton(checkpoint), kind)
+        save_openvino_model(build_whole_config(checkpoint), weights, unfinished)
         unfinished.replace(out)
     except shutil.Error as error:  # its message is a list of files and reasons
         raise OSError(f"{out} cannot be written: {error.args[0][0][2]}") from error

@@ -17,30 +17,30 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import nn
 
-from gteopt.build.estimate import count_parameters, estimate
+from gteopt.build.estimate import count_parameters, estimate_builds
 from gteopt.build.quantize import ACTIVATION_BYTES
 from gteopt.config.recipe import Recipe, load_recipe
-from gteopt.config.yaml_files import shipped_names
+from gteopt.config.yaml_files import list_shipped_names
 from gteopt.encoder.description import (
     AskedBackend,
     RuntimeOptions,
-    dtype_of,
     parse_dtype,
     pick_device,
-    taken_backend,
+    resolve_backend,
+    resolve_dtype,
 )
 from gteopt.encoder.engines import engines_of_artifact
-from gteopt.encoder.packed_weights import quantized_layers
+from gteopt.encoder.packed_weights import list_quantized_layers
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.errors import HubUnreachableError, InputError
 from gteopt.kernels import kernel_name, speed_up_linears_
-from gteopt.kernels.measured import DETERMINISTIC, ways_for
+from gteopt.kernels.measured import DETERMINISTIC, choose_kernel_ways
 from gteopt.model.card import stated_languages
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
 from gteopt.model.families import PUBLISHED
 from gteopt.records.inspection import EstimateConditions, Inspection
 from gteopt.records.manifest import EXPERTS
-from gteopt.speed.random_model import shapes, write_published
+from gteopt.speed.random_model import read_model_shapes, write_published_settings
 
 
 def inspect(
@@ -92,9 +92,9 @@ def inspect(
             raise InputError(
                 f"{source} is quantized or an artifact; recipe {recipe.name} needs a base"
             )
-        recipes = [recipe] if recipe else [load_recipe(name) for name in shipped_names("recipes")]
+        recipes = [recipe] if recipe else list(map(load_recipe, list_shipped_names("recipes")))
         options = RuntimeOptions(device, backend=backend, kernels=kernels)
-        estimates = estimate(
+        estimates = estimate_builds(
             checkpoint,
             recipes if is_base else (),
             dtype=dtype,
@@ -142,7 +142,7 @@ def _opened(
     full name where `hub_dir` lacks the model or the Hub cannot be reached.
     """
     name = source.rpartition("/")[2]
-    is_shape = name in shapes() and not Path(source).exists() and revision is None
+    is_shape = name in read_model_shapes() and not Path(source).exists() and revision is None
     if not is_shape or "/" in source:
         try:
             checkpoint = open_checkpoint(
@@ -157,7 +157,7 @@ def _opened(
     with TemporaryDirectory() as scratch:
         folder = Path(scratch) / name
         full_id = next(hub_id for hub_id in PUBLISHED if hub_id.rpartition("/")[2] == name)
-        write_published(full_id, shapes()[name], folder)
+        write_published_settings(full_id, read_model_shapes()[name], folder)
         note = "sizes are computed from the shape that ships with gteopt; weights were not read"
         published = PUBLISHED[full_id]
         checkpoint = open_checkpoint(folder, family=family or published.family, headers_only=True)
@@ -186,7 +186,7 @@ def _kernels(checkpoint: Checkpoint, device: str, kernels: str) -> dict[str, int
     is_foreign = manifest is None and checkpoint.is_quantized
     if is_foreign or (_kind_of(device) == "cuda" and not torch.cuda.is_available()):
         return None
-    where, kind = pick_device(device), parse_dtype(dtype_of(checkpoint, "auto"))
+    where, kind = pick_device(device), parse_dtype(resolve_dtype(checkpoint, "auto"))
     module = build_skeleton(checkpoint).to(kind)
     speed_up_linears_(module, where)
     names = {
@@ -194,8 +194,8 @@ def _kernels(checkpoint: Checkpoint, device: str, kernels: str) -> dict[str, int
         for name, child in module.named_modules()
         if isinstance(child, nn.Linear)
     }
-    layers = quantized_layers(checkpoint)
-    ways = ways_for(layers, kind, kernels) if where.type == "cpu" else DETERMINISTIC
+    layers = list_quantized_layers(checkpoint)
+    ways = choose_kernel_ways(layers, kind, kernels) if where.type == "cpu" else DETERMINISTIC
     for layer in manifest.layers if manifest else ():
         shape = layer.out_features, layer.in_features
         names[layer.name] = kernel_name(layer.scheme, *shape, device=where, dtype=kind, ways=ways)
@@ -207,7 +207,7 @@ def _fastest(checkpoint: Checkpoint, options: RuntimeOptions) -> dict[str, str |
     is_here = _kind_of(options.device) == "cpu" or torch.cuda.is_available()
     if options.backend != "auto" or not is_here:
         return {}
-    taken = taken_backend(checkpoint, options)
+    taken = resolve_backend(checkpoint, options)
     return {"backend": taken.backend, "backend_reason": taken.reason}
 
 

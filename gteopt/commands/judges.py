@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gteopt.commands.estimate_evaluation import within_budget
-from gteopt.commands.evaluate import Setup, compare_texts, score
+from gteopt.commands.estimate_evaluation import limit_evaluation_time
+from gteopt.commands.evaluate import EvaluationSetup, evaluate_suite, evaluate_texts
 from gteopt.config.amounts import parse_seconds
 from gteopt.config.plan import ColumnRole
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.errors import InputError
 from gteopt.evaluation.hub_tables import local_table
-from gteopt.evaluation.suites import Suite, with_data
+from gteopt.evaluation.suites import Suite, add_own_task
 from gteopt.evaluation.task_facts import filter_suite
 from gteopt.evaluation.tasks import load_suite
-from gteopt.evaluation.user_data import read_own, read_texts
+from gteopt.evaluation.user_data import read_own_data, read_texts
 from gteopt.progress import Progress
 from gteopt.records.evaluation import EvalReport, FidelityReport
 
@@ -70,7 +70,7 @@ class Judges:
         if self.data is None:
             return self
         data = local_table(Path(self.data), hub_dir=hub_dir)
-        read_own(data, dict(self.columns))
+        read_own_data(data, dict(self.columns))
         return replace(self, data=data)
 
     def load_suite(
@@ -87,9 +87,9 @@ class Judges:
 
         Args:
             sources: models by name, the baseline first; their speed decides what fits a budget.
-            folder: results folder, see `within_budget`.
-            hub_dir: see `within_budget`.
-            n_models: see `within_budget`.
+            folder: results folder, see `limit_evaluation_time`.
+            hub_dir: see `limit_evaluation_time`.
+            n_models: see `limit_evaluation_time`.
 
         Raises:
             InputError: an unknown suite or language, or a budget without a suite.
@@ -103,34 +103,34 @@ class Judges:
             budget_s = parse_seconds("budget", self.budget)
             if suite is None:
                 raise InputError("budget needs a suite to choose tasks from")
-            suite = within_budget(
+            suite = limit_evaluation_time(
                 sources, suite, budget_s, folder, hub_dir=hub_dir, n_models=n_models
             )
         if self.data is not None:
-            suite = with_data(suite, Path(self.data), columns=dict(self.columns))
+            suite = add_own_task(suite, Path(self.data), columns=dict(self.columns))
         return suite
 
 
-def evaluate_on(
+def evaluate_on_judges(
     judges: Judges,
     sources: Mapping[str, str],
     folder: Path | None,
     *,
-    how: Setup,
+    how: EvaluationSetup,
     margin: float = DEFAULT_MARGIN,
     progress: Progress,
 ) -> tuple[dict[str, EvalReport], dict[str, FidelityReport]]:
     """Scores of sources on a suite and data, or their fidelity on texts; one of the two is empty.
 
     Raises:
-        InputError: see `Judges.located`, `Judges.load_suite` and `score`.
+        InputError: see `Judges.located`, `Judges.load_suite` and `evaluate_suite`.
     """
     judges = judges.located(how.hub_dir)
     if judges.texts is not None:
         texts, columns = Path(judges.texts), dict(judges.columns)
-        return {}, compare_texts(
+        return {}, evaluate_texts(
             sources, texts, folder, how=how, columns=columns, progress=progress
         )
     suite = judges.load_suite(sources, folder, hub_dir=how.hub_dir)
     assert suite is not None
-    return score(sources, suite, folder, how=how, margin=margin, progress=progress), {}
+    return evaluate_suite(sources, suite, folder, how=how, margin=margin, progress=progress), {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from gteopt.errors import InputError
 
 
-def named(sources: Sequence[str]) -> dict[str, str]:
+def name_sources(sources: Sequence[str]) -> dict[str, str]:
     """Sources by short name, the last part of their path.
 
     Raises:
@@ -25,7 +25,7 @@ def named(sources: Sequence[str]) -> dict[str, str]:
     return by_name
 
 
-def side_by_side(first: Path, second: Path) -> tuple[str, str]:
+def name_pair(first: Path, second: Path) -> tuple[str, str]:
     """Different names for two sources: their folders' names, or else the paths as they were given.
 
     A source that is given twice gets a number behind its name.

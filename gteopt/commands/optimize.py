@@ -15,11 +15,11 @@ from pathlib import Path
 import yaml
 
 from gteopt.build.build_time import UNCERTAINTY
-from gteopt.build.calibration_texts import draw_texts
+from gteopt.build.calibration_texts import draw_calibration_texts
 from gteopt.commands.inspect import inspect
 from gteopt.commands.judges import Judges
 from gteopt.commands.run import run
-from gteopt.config.engines import EngineChoice, format_for
+from gteopt.config.engines import EngineChoice, format_for_engine
 from gteopt.config.limits import Limits
 from gteopt.config.plan import Plan, PlanBench, Screening
 from gteopt.config.recipe import (
@@ -32,13 +32,13 @@ from gteopt.config.recipe import (
     Vectors,
     load_recipe,
 )
-from gteopt.config.yaml_files import shipped_names
+from gteopt.config.yaml_files import list_shipped_names
 from gteopt.cores import n_cores
 from gteopt.errors import InputError
 from gteopt.evaluation.suites import read_suite
 from gteopt.evaluation.task_facts import filter_suite
 from gteopt.evaluation.user_data import read_texts
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 from gteopt.records.files import write_atomically
 from gteopt.records.inspection import Inspection, RecipeEstimate
 from gteopt.records.results_folder import Results
@@ -77,7 +77,7 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialRecipe:
     """A candidate recipe.
 
     Attributes:
@@ -91,7 +91,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Proposal:
+class PlanProposal:
     """A plan and the facts behind it.
 
     Attributes:
@@ -102,19 +102,19 @@ class Proposal:
     plan: Plan
     file: Path
     inspection: Inspection
-    trials: tuple[Trial, ...]
+    trials: tuple[TrialRecipe, ...]
     seconds: tuple[float, float]
     notes: tuple[str, ...]
 
 
-def propose(
+def propose_plan(
     model: str,
     judges: Judges,
     limits: Limits,
     search: Search,
     *,
     out: Path,
-) -> Proposal:
+) -> PlanProposal:
     """Plan which variants of a model to try; writes `plan.yaml` and its recipes to `out`.
 
     Raises:
@@ -163,7 +163,7 @@ def propose(
         out=out,
     )
     file = _write_plan(plan)
-    return Proposal(
+    return PlanProposal(
         plan=plan,
         file=file,
         inspection=inspection,
@@ -173,7 +173,9 @@ def propose(
     )
 
 
-def carry_out(proposal: Proposal, search: Search, *, progress: Progress = quiet) -> Results:
+def run_proposal(
+    proposal: PlanProposal, search: Search, *, progress: Progress = ignore_progress
+) -> Results:
     """Build, screen, measure and judge the variants of a proposal; see `commands.run.run`."""
     return run(
         proposal.plan,
@@ -191,7 +193,7 @@ def optimize(
     search: Search | None = None,
     *,
     out: str | Path,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> Results:
     """Find the cheapest variant of a model that keeps your limits.
 
@@ -209,7 +211,7 @@ def optimize(
         `out/variants/`.
 
     Raises:
-        InputError: see `propose` and `run`.
+        InputError: see `propose_plan` and `run`.
 
     Example:
         >>> limits = gteopt.Limits(max_weights="40MB", min_quality="99%")
@@ -217,16 +219,18 @@ def optimize(
         ...     out="out")
     """
     search = search or Search()
-    proposal = propose(model, judges or Judges(), limits or Limits(), search, out=Path(out))
-    return carry_out(proposal, search, progress=progress)
+    proposal = propose_plan(model, judges or Judges(), limits or Limits(), search, out=Path(out))
+    return run_proposal(proposal, search, progress=progress)
 
 
-def _trials(model: str, inspection: Inspection, limits: Limits, search: Search) -> Iterator[Trial]:
+def _trials(
+    model: str, inspection: Inspection, limits: Limits, search: Search
+) -> Iterator[TrialRecipe]:
     """Candidate recipes with estimates; those that cannot meet the limits have a reason."""
     names = [*_FAST, *(_THOROUGH if search.effort != "fast" else ())]
     if inspection.estimated_for is not None and inspection.estimated_for.device == "cuda":
         names += _ON_GPU
-    assert set(names) | set(_SMALLER) <= set(shipped_names("recipes"))
+    assert set(names) | set(_SMALLER) <= set(list_shipped_names("recipes"))
     most = limits.weight_bytes()
     recipes = [load_recipe(name) for name in names]
     tried = [_trial(model, recipe, inspection, limits, search) for recipe in recipes]
@@ -300,22 +304,22 @@ def _shortened(recipe: Recipe, n: int, code: VectorCode, inspection: Inspection)
 
 def _trial(
     model: str, recipe: Recipe, inspection: Inspection, limits: Limits, search: Search
-) -> Trial:
+) -> TrialRecipe:
     """A recipe in a format that the engine opens, with its estimate."""
-    opened = format_for(recipe, search.engine)
+    opened = format_for_engine(recipe, search.engine)
     known = {estimate.recipe: estimate for estimate in inspection.estimates}
-    if opened == load_shipped(recipe.name) and recipe.name in known:
+    if opened == find_shipped_recipe(recipe.name) and recipe.name in known:
         estimate = known[recipe.name]
     else:
         estimate = inspect(
             model, hub_dir=search.hub_dir, device=search.device, recipe=opened or recipe
         ).estimates[0]
-    return Trial(opened or recipe, estimate, _why_not(opened, estimate, limits, search))
+    return TrialRecipe(opened or recipe, estimate, _why_not(opened, estimate, limits, search))
 
 
-def load_shipped(name: str) -> Recipe | None:
+def find_shipped_recipe(name: str) -> Recipe | None:
     """The shipped recipe of this name; None where there is none."""
-    return load_recipe(name) if name in shipped_names("recipes") else None
+    return load_recipe(name) if name in list_shipped_names("recipes") else None
 
 
 def _why_not(
@@ -336,7 +340,7 @@ def _why_not(
     return None
 
 
-def _nothing_fits(trials: Sequence[Trial], limits: Limits, search: Search) -> str:
+def _nothing_fits(trials: Sequence[TrialRecipe], limits: Limits, search: Search) -> str:
     """A message about the limit that no recipe can meet, with the nearest recipe."""
     opened = [
         trial
@@ -361,7 +365,7 @@ def _nothing_fits(trials: Sequence[Trial], limits: Limits, search: Search) -> st
 
 def _written(recipe: Recipe, out: Path) -> str:
     """The recipe's name in a plan; a recipe that does not ship is written to a file."""
-    if load_shipped(recipe.name) == recipe:
+    if find_shipped_recipe(recipe.name) == recipe:
         return recipe.name
     file = out / "recipes" / f"{recipe.name}.yaml"
     content = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
@@ -407,7 +411,7 @@ def _write_split(
     """Write both parts to files in `out`, the first part together with built-in texts."""
     calibrated, held_out = split
     n_builtin = Calibration().n_texts - len(calibrated)
-    builtin = draw_texts(Calibration(n_texts=n_builtin))
+    builtin = draw_calibration_texts(Calibration(n_texts=n_builtin))
     rows = [{"text": text} for text in calibrated]
     rows += [
         {
@@ -453,7 +457,7 @@ def _write_yaml(file: Path, content: dict[str, object], note: str) -> None:
 _BENCH_S, _TOKENS_PER_BENCH, _FLOPS = 15.0, 170_000, 50e9
 
 
-def _seconds(trials: Sequence[Trial], inspection: Inspection) -> tuple[float, float]:
+def _seconds(trials: Sequence[TrialRecipe], inspection: Inspection) -> tuple[float, float]:
     """Least and most seconds of the whole job, without the evaluation on large data."""
     builds = sum(trial.estimate.build_s or 0 for trial in trials)
     n_measured = min(len(trials), Screening().keep) + 1

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from gteopt.evaluation.fidelity import digest_of, most_changed
+from gteopt.evaluation.fidelity import most_changed_texts, text_digest
 from gteopt.evaluation.runner import SuiteRun
 from gteopt.evaluation.suites import Suite
-from gteopt.evaluation.user_data import Collection, read_own
+from gteopt.evaluation.user_data import Collection, read_own_data
 from gteopt.records.examples import Examples
 from gteopt.records.files import write_record
 
@@ -32,7 +32,7 @@ class OwnTexts:
         for task in suite.tasks:
             if task.data is None or task.task not in instructions:
                 continue
-            own = read_own(task.data, task.columns)
+            own = read_own_data(task.data, task.columns)
             with_instruction = f"query\0{instructions[task.task] or ''}"
             if isinstance(own, Collection):
                 queries = [row["text"] for row in own.queries]
@@ -44,14 +44,16 @@ class OwnTexts:
             self._know([*queries, *documents], with_instruction)
 
     def _know(self, texts: Iterable[str], prompt: str) -> None:
-        self._known |= {digest_of(text, prompt): text for text in texts}
+        self._known |= {text_digest(text, prompt): text for text in texts}
 
     def of(self, run: SuiteRun, row: str) -> dict[str, Examples]:
         """The examples of one row of the table; empty for the baseline itself."""
         base = self._baseline
         if run.encoder_sha256 == base.encoder_sha256:
             return {}
-        changed = most_changed(base.fidelity_sample, run.fidelity_sample, run.vectors, self._known)
+        changed = most_changed_texts(
+            base.fidelity_sample, run.fidelity_sample, run.vectors, self._known
+        )
         return {
             row: Examples(
                 variant=row,
@@ -64,7 +66,7 @@ class OwnTexts:
         }
 
 
-def write_examples(folder: Path, rows: Iterable[str], examples: Mapping[str, Examples]) -> None:
+def write_own_examples(folder: Path, rows: Iterable[str], examples: Mapping[str, Examples]) -> None:
     """Write the examples of a run, and remove those of an earlier run for the same rows."""
     for row in rows:
         (folder / "examples" / f"{row}.json").unlink(missing_ok=True)

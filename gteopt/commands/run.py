@@ -23,29 +23,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gteopt.build.quantize import quantize
-from gteopt.build.truncate import restyle
-from gteopt.commands.bench import BASELINE, ReportFile, measure
-from gteopt.commands.choose import write_page
-from gteopt.commands.evaluate import Setup, compare_texts, score
+from gteopt.build.truncate import truncate_to_recipe
+from gteopt.commands.bench import BASELINE, BenchReportFile, bench_to_file
+from gteopt.commands.choose import write_choice_page
+from gteopt.commands.evaluate import EvaluationSetup, evaluate_suite, evaluate_texts
 from gteopt.commands.judges import Judges
-from gteopt.commands.screening import screen
+from gteopt.commands.screening import screen_variants
 from gteopt.config.plan import WORKLOADS, Plan
 from gteopt.config.policy import Policy, load_policy
 from gteopt.config.recipe import Effort, GptqWeights, Recipe, load_recipe
-from gteopt.corpus.workers import Workers
+from gteopt.corpus.workers import ScoreWorkers
 from gteopt.encoder.description import pick_device
 from gteopt.errors import GteoptError, InputError, IntegrityError, join_problems
 from gteopt.evaluation.data_check import check_data
 from gteopt.evaluation.suites import Suite
-from gteopt.model.artifact import discard, is_artifact, read_manifest
+from gteopt.model.artifact import is_artifact, read_manifest, remove_artifact
 from gteopt.model.checkpoint import open_checkpoint
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 from gteopt.records.bench import BenchReport
 from gteopt.records.evaluation import EvalReport, FidelityReport
 from gteopt.records.files import read_record, write_record
 from gteopt.records.results_folder import Results, RunRecord
 from gteopt.records.screening import ScreeningRecord
-from gteopt.report.choose import choose
+from gteopt.report.choose import choose_variant
 from gteopt.speed.protocol import default_workloads
 
 
@@ -55,8 +55,8 @@ def run(
     beside: Path | None = None,
     hub_dir: Path | None = None,
     device: str = "auto",
-    workers: Workers | None = None,
-    progress: Progress = quiet,
+    workers: ScoreWorkers | None = None,
+    progress: Progress = ignore_progress,
 ) -> Results:
     """Carry out the steps of a plan that are not done yet, and return all measurements.
 
@@ -98,10 +98,10 @@ def run(
         fidelity=fidelity,
         choice=None,
     )
-    choice = choose(policy, results)
+    choice = choose_variant(policy, results)
     write_record(folder / "choice.json", choice)
     results = results.model_copy(update={"choice": choice})
-    write_page(folder, results)
+    write_choice_page(folder, results)
     return results
 
 
@@ -128,7 +128,7 @@ class _Resolved:
     policy: Policy
 
 
-def _screened(resolved: _Resolved, where: _Where, workers: Workers | None) -> ScreeningRecord:
+def _screened(resolved: _Resolved, where: _Where, workers: ScoreWorkers | None) -> ScreeningRecord:
     """Screen the variants at effort fast.
 
     A variant whose recipe has effort fast is built in its final folder, so it is built only once.
@@ -149,8 +149,8 @@ def _screened(resolved: _Resolved, where: _Where, workers: Workers | None) -> Sc
             device=where.device,
             progress=where.progress,
         )
-    how = Setup(hub_dir=where.hub_dir, device=where.device, workers=workers)
-    return screen(
+    how = EvaluationSetup(hub_dir=where.hub_dir, device=where.device, workers=workers)
+    return screen_variants(
         plan, resolved.policy, resolved.recipes, artifacts, how=how, progress=where.progress
     )
 
@@ -161,10 +161,10 @@ def _benched(plan: Plan, sources: dict[str, str], where: _Where) -> BenchReport:
     names_no_workload = "workloads" not in plan.bench.model_fields_set
     if names_no_workload:
         spec = spec.model_copy(update={"workloads": WORKLOADS[default_workloads(where.device)]})
-    return measure(
+    return bench_to_file(
         sources,
         spec,
-        ReportFile(plan.out, plan.bench.price_per_hour, skip_measured=True),
+        BenchReportFile(plan.out, plan.bench.price_per_hour, skip_measured=True),
         baseline=BASELINE,
         progress=where.progress,
         hub_dir=where.hub_dir,
@@ -178,18 +178,18 @@ def _judged(
     resolved: _Resolved,
     sources: dict[str, str],
     where: _Where,
-    workers: Workers | None,
+    workers: ScoreWorkers | None,
 ) -> tuple[dict[str, EvalReport], dict[str, FidelityReport]]:
     """Scores on the plan's suite and data, or fidelity on its texts."""
     options = [("--suite", plan.suite_name), ("--data", plan.data)]
     words = tuple(word for option, name in options if name for word in (option, Path(name).name))
-    how = Setup(hub_dir=where.hub_dir, device=where.device, workers=workers, asked=words)
+    how = EvaluationSetup(hub_dir=where.hub_dir, device=where.device, workers=workers, asked=words)
     if resolved.suite is None:
         assert plan.texts is not None
-        return {}, compare_texts(
+        return {}, evaluate_texts(
             sources, plan.texts, plan.out, how=how, columns=plan.columns, progress=where.progress
         )
-    evals = score(
+    evals = evaluate_suite(
         sources,
         resolved.suite,
         plan.out,
@@ -249,10 +249,10 @@ def build_variants(
     for recipe in recipes:
         out = folder / recipe.name
         if is_artifact(out) and not _is_current(out, recipe, base_sha256):
-            discard(out)  # the folder belongs to the plan, and its recipe or base changed
+            remove_artifact(out)  # the folder belongs to the plan, and its recipe or base changed
         twin = by_weights.get(recipe.weights_sha256())
         if twin is not None:
-            restyle(twin, recipe, out, hub_dir=hub_dir, device=device, progress=progress)
+            truncate_to_recipe(twin, recipe, out, hub_dir=hub_dir, device=device, progress=progress)
         else:
             quantize(base, recipe, out, hub_dir=hub_dir, device=device, progress=progress)
             by_weights[recipe.weights_sha256()] = out

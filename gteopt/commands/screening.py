@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gteopt.commands.evaluate import Setup, compare_texts
+from gteopt.commands.evaluate import EvaluationSetup, evaluate_texts
 from gteopt.config.plan import Plan
 from gteopt.config.policy import Metric, Policy
 from gteopt.config.recipe import Recipe
-from gteopt.evaluation.user_data import Collection, read_own, read_texts
+from gteopt.evaluation.user_data import Collection, read_own_data, read_texts
 from gteopt.model.artifact import read_manifest
 from gteopt.paths import shipped_dir
 from gteopt.progress import Progress
@@ -26,13 +26,13 @@ _N_NEIGHBOURS = 10
 _SURE = 3  # a variant is dropped if it misses a limit by this many standard errors
 
 
-def screen(
+def screen_variants(
     plan: Plan,
     policy: Policy,
     recipes: Sequence[Recipe],
     artifacts: Mapping[str, Path],
     *,
-    how: Setup,
+    how: EvaluationSetup,
     progress: Progress,
 ) -> ScreeningRecord:
     """Compare every variant with the base on a sample of texts, and choose which go on.
@@ -50,12 +50,12 @@ def screen(
     """
     assert plan.screening is not None
     folder = plan.out / "screening"
-    texts = sample_texts(plan, plan.screening.n_texts)
+    texts = sample_screening_texts(plan, plan.screening.n_texts)
     file = folder / "texts.txt"
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(texts) + "\n", encoding="utf-8")
     sources = {"bf16": plan.base, **{name: str(path) for name, path in artifacts.items()}}
-    reports = compare_texts(sources, file, folder, how=how, progress=progress)
+    reports = evaluate_texts(sources, file, folder, how=how, progress=progress)
     variants = []
     for recipe in recipes:
         manifest = read_manifest(artifacts[recipe.name])
@@ -70,18 +70,19 @@ def screen(
             )
         )
     record = ScreeningRecord(
-        n_texts=len(texts), variants=judge(variants, policy, len(texts), plan.screening.keep)
+        n_texts=len(texts),
+        variants=judge_screening(variants, policy, len(texts), plan.screening.keep),
     )
     write_record(plan.out / "screening.json", record)
     return record
 
 
-def sample_texts(plan: Plan, n_texts: int) -> list[str]:
+def sample_screening_texts(plan: Plan, n_texts: int) -> list[str]:
     """Texts of the plan's own data at even steps through the file; shipped texts without data."""
     if plan.texts is not None:
         texts = read_texts(plan.texts, plan.columns)
     elif plan.data is not None:
-        own = read_own(plan.data, plan.columns)
+        own = read_own_data(plan.data, plan.columns)
         if isinstance(own, Collection):
             texts = [row["text"] for row in (*own.queries, *own.corpus)]
         else:
@@ -108,7 +109,7 @@ class _Bound:
         )
 
 
-def judge(
+def judge_screening(
     variants: Sequence[ScreenedVariant], policy: Policy, n_texts: int, keep: int
 ) -> tuple[ScreenedVariant, ...]:
     """The same variants, with a reason for those that are dropped.

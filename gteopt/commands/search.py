@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from gteopt.corpus.exports import INDEX, shards_of
-from gteopt.corpus.plan import EmbeddingRecord, read_record
-from gteopt.corpus.shard_files import read_footer, read_shard, vectors_of
-from gteopt.corpus.storage import Folder
+from gteopt.corpus.exports import INDEX, list_exported_shards
+from gteopt.corpus.plan import EmbeddingRecord, read_embedding_record
+from gteopt.corpus.shard_files import read_footer, read_shard, read_shard_vectors
+from gteopt.corpus.storage import StorageFolder
 from gteopt.encoder.description import pick_device
 from gteopt.encoder.loading import load
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.frozen import Frozen
-from gteopt.progress import Progress, quiet
-from gteopt.vectors.search import Search
+from gteopt.progress import Progress, ignore_progress
+from gteopt.vectors.search import BlockwiseSearch
 
 Floats = npt.NDArray[np.float32]
 
 
-class Hit(Frozen):
+class SearchHit(Frozen):
     """A row near a query.
 
     Attributes:
@@ -46,10 +46,10 @@ class SearchResult(Frozen):
     """The nearest rows of a query, nearest first."""
 
     query: str
-    hits: tuple[Hit, ...]
+    hits: tuple[SearchHit, ...]
 
 
-class Comparison(Frozen):
+class SearchComparison(Frozen):
     """How many rows another variant's vectors find too, in the same searches.
 
     Attributes:
@@ -67,7 +67,7 @@ def search(
     *,
     top: int = 10,
     instruction: str | None = None,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     **model: Any,
 ) -> list[SearchResult]:
     """The nearest rows of an embedding folder to each query.
@@ -87,7 +87,7 @@ def search(
         InputError: not an embedding folder, or another model.
     """
     texts = [queries] if isinstance(queries, str) else list(queries)
-    opened = Folder(folder)
+    opened = StorageFolder(folder)
     record = _record(opened)
     by_index = bool(model.pop("index", False))
     vectors = _encoded(record, texts, instruction, **model)
@@ -100,7 +100,7 @@ def search(
         SearchResult(
             query=query,
             hits=tuple(
-                Hit(score=round(float(score), 6), **rows[int(number)])
+                SearchHit(score=round(float(score), 6), **rows[int(number)])
                 for score, number in zip(scores[n], numbers[n], strict=True)
                 if number >= 0
             ),
@@ -109,7 +109,9 @@ def search(
     ]
 
 
-def compare_results(ours: Sequence[SearchResult], theirs: Sequence[SearchResult]) -> Comparison:
+def compare_search_results(
+    ours: Sequence[SearchResult], theirs: Sequence[SearchResult]
+) -> SearchComparison:
     """The share of one variant's rows that another variant finds too, matched by id."""
     shares: list[tuple[str, float]] = []
     for our_result, their_result in zip(ours, theirs, strict=True):
@@ -118,11 +120,11 @@ def compare_results(ours: Sequence[SearchResult], theirs: Sequence[SearchResult]
         shares.append((our_result.query, n_kept / max(1, len(our_result.hits))))
     mean = sum(share for _, share in shares) / max(1, len(shares))
     by_query = sorted(shares, key=lambda query_and_share: query_and_share[1])
-    return Comparison(kept=mean, by_query=tuple(by_query))
+    return SearchComparison(kept=mean, by_query=tuple(by_query))
 
 
-def _record(folder: Folder) -> EmbeddingRecord:
-    record = read_record(folder)
+def _record(folder: StorageFolder) -> EmbeddingRecord:
+    record = read_embedding_record(folder)
     if record is None:
         raise InputError(f"{folder} is not an embedding folder; it has no embedding.json")
     if record.n_vectors == 0:
@@ -164,13 +166,13 @@ def _encoded(
 
 
 def _by_all(
-    folder: Folder, record: EmbeddingRecord, queries: Floats, top: int, progress: Progress
+    folder: StorageFolder, record: EmbeddingRecord, queries: Floats, top: int, progress: Progress
 ) -> tuple[Floats, npt.NDArray[np.intp]]:
     """Scores and numbers [Q, top] of the nearest vectors, by a search of every shard."""
-    searched = Search(record.decode.transform(record.rescore), queries, top)
-    names = shards_of(folder)
+    searched = BlockwiseSearch(record.decode.transform(record.rescore), queries, top)
+    names = list_exported_shards(folder)
     for number, name in enumerate(names):
-        stored = vectors_of(read_shard(folder, name, ["vector"]), record.decode)
+        stored = read_shard_vectors(read_shard(folder, name, ["vector"]), record.decode)
         if len(stored):
             codes = stored.astype(np.float32) if record.decode.code == "float16" else stored
             searched.add(np.ascontiguousarray(codes))
@@ -180,7 +182,7 @@ def _by_all(
 
 
 def _by_index(
-    folder: Folder, record: EmbeddingRecord, queries: Floats, top: int
+    folder: StorageFolder, record: EmbeddingRecord, queries: Floats, top: int
 ) -> tuple[Floats, npt.NDArray[np.intp]]:
     """The same by index.faiss, memory-mapped where its kind allows it."""
     import faiss
@@ -208,11 +210,11 @@ def _by_index(
     return scores, numbers
 
 
-def _rows(folder: Folder, wanted: npt.NDArray[np.intp]) -> dict[int, dict[str, Any]]:
+def _rows(folder: StorageFolder, wanted: npt.NDArray[np.intp]) -> dict[int, dict[str, Any]]:
     """The other columns of the vectors with these numbers, which count over all shards."""
     rows: dict[int, dict[str, Any]] = {}
     before = 0
-    for name in shards_of(folder):
+    for name in list_exported_shards(folder):
         footer = read_footer(folder, name)
         n_vectors = 0 if footer is None else footer.n_vectors
         here = wanted[(wanted >= before) & (wanted < before + n_vectors)]

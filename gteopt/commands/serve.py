@@ -19,15 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gteopt.errors import InputError, UnsupportedError, suggest
+from gteopt.errors import InputError, UnsupportedError, suggest_names
 
 if TYPE_CHECKING:
     import uvicorn
 
     from gteopt.encoder import Encoder
-    from gteopt.server.keys import Keys
+    from gteopt.server.keys import ApiKeys
     from gteopt.server.service import Service
-    from gteopt.server.settings import Decoder, Settings
+    from gteopt.server.settings import Decoder, ServerSettings
 
 _DRAIN_S = 25
 _SWITCH_S = 0.5e-3
@@ -65,8 +65,8 @@ class _State:
 def serve(
     sources: Sequence[str],
     runtime: ServerRuntime,
-    settings: Settings,
-    keys: Keys | None = None,
+    settings: ServerSettings,
+    keys: ApiKeys | None = None,
     *,
     on_ready: Callable[[str, Service], None] = lambda url, service: None,
 ) -> int:
@@ -88,8 +88,8 @@ def serve(
         GteoptError: a source, the port or the installation is wrong, if possible before anything is
             loaded.
     """
-    check_installed()
-    by_name = parse_sources(sources)
+    check_server_installed()
+    by_name = parse_served_sources(sources)
     _raise_file_limit()
     # Responses report texts that are too long; nobody would see a warning.
     warnings.filterwarnings("ignore", message=".*were cut there")
@@ -112,7 +112,7 @@ def serve(
 
 
 def _open_service(
-    sources: dict[str, str], runtime: ServerRuntime, settings: Settings, keys: Keys | None
+    sources: dict[str, str], runtime: ServerRuntime, settings: ServerSettings, keys: ApiKeys | None
 ) -> Service:
     from gteopt.encoder.loading import load
     from gteopt.server.service import Service
@@ -130,7 +130,7 @@ def _open_service(
     return Service(sources, open_encoder, settings, keys)
 
 
-def configure(service: Service) -> uvicorn.Config:
+def configure_uvicorn(service: Service) -> uvicorn.Config:
     """The settings with which uvicorn runs a service."""
     import uvicorn
 
@@ -169,7 +169,7 @@ async def _run(service: Service, listener: socket.socket, on_ready: Callable[[],
             await super().startup(sockets)
             on_ready()
 
-    server = Server(configure(service))
+    server = Server(configure_uvicorn(service))
     loop = asyncio.get_running_loop()
 
     def drain() -> None:
@@ -215,7 +215,7 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return factory
 
 
-def check_installed() -> None:
+def check_server_installed() -> None:
     """Refuse early where the extra is not installed.
 
     Raises:
@@ -233,7 +233,7 @@ def check_installed() -> None:
         ) from error
 
 
-def parse_sources(sources: Sequence[str]) -> dict[str, str]:
+def parse_served_sources(sources: Sequence[str]) -> dict[str, str]:
     """Sources by name, from NAME=SOURCE, or from SOURCE, whose last part is the name.
 
     Raises:
@@ -257,7 +257,7 @@ def parse_sources(sources: Sequence[str]) -> dict[str, str]:
     return by_name
 
 
-def open_decoder(name: str) -> Decoder:
+def open_token_decoder(name: str) -> Decoder:
     """A decoder of token ids of an OpenAI tokenizer, such as `cl100k_base`.
 
     Raises:
@@ -270,7 +270,7 @@ def open_decoder(name: str) -> Decoder:
         raise UnsupportedError("--decode-tokens needs tiktoken: pip install tiktoken") from error
     known = tiktoken.list_encoding_names()
     if name not in known:
-        raise InputError(f"--decode-tokens {name}: unknown; {suggest(name, known)}")
+        raise InputError(f"--decode-tokens {name}: unknown; {suggest_names(name, known)}")
     try:
         decoder: Decoder = tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken downloads the vocabulary, which may fail in many ways
@@ -322,7 +322,7 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536), hard))
 
 
-def log_to(stream: Any) -> None:
+def configure_server_logs(stream: Any) -> None:
     """Write the logs of the server and of uvicorn as JSON lines."""
     from gteopt.server.app import JsonLines
 

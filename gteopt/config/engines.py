@@ -81,7 +81,7 @@ def engines_in_words(engines: Sequence[Engine]) -> str:
     return f"all but {missing[0]}" if len(missing) == 1 else ", ".join(engines)
 
 
-def format_for(recipe: Recipe, engine: EngineChoice) -> Recipe | None:
+def format_for_engine(recipe: Recipe, engine: EngineChoice) -> Recipe | None:
     """The recipe in a format that an engine opens; None where no format fits.
 
     The format `auto` is the first standard format that holds the weights; most engines open it. For

@@ -11,7 +11,7 @@ from gteopt.config.amounts import parse_seconds
 from gteopt.config.policy import Policy
 from gteopt.config.recipe import Effort
 from gteopt.config.yaml_files import find_yaml, read_yaml
-from gteopt.errors import suggest
+from gteopt.errors import suggest_names
 from gteopt.frozen import Frozen
 
 
@@ -84,7 +84,7 @@ class BenchSpec(Frozen):
         if not isinstance(workloads, str):
             return workloads
         if workloads not in WORKLOADS:
-            raise ValueError(f"unknown set of workloads; {suggest(workloads, WORKLOADS)}")
+            raise ValueError(f"unknown set of workloads; {suggest_names(workloads, WORKLOADS)}")
         return WORKLOADS[workloads]
 
 

@@ -17,7 +17,7 @@ _MOST_FIELD = 1 << 24
 """Characters of one CSV field; Python's own limit is 131,072."""
 
 
-def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
+def read_text_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
     """Number (from 1) and content of every line that is not empty; only a line feed ends a line.
 
     Args:
@@ -33,7 +33,7 @@ def read_lines(path: Path, problems: list[str]) -> Iterator[tuple[int, str]]:
         problems.append(_not_utf8(path, error))
 
 
-def read_rows(
+def read_text_rows(
     path: Path, problems: list[str], *, separator: str = ","
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line and fields of every row of a .csv, .tsv or .jsonl file.
@@ -58,7 +58,7 @@ def read_rows(
             yield number, row
 
 
-def csv_heading(path: Path, problems: list[str], *, separator: str = ",") -> list[str]:
+def read_csv_heading(path: Path, problems: list[str], *, separator: str = ",") -> list[str]:
     """Names of the columns of a CSV file; empty for a file that cannot be read."""
     with _reading_csv(path, problems) as handle:
         return next(csv.reader(handle, delimiter=separator), [])
@@ -75,7 +75,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _json_rows(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in read_lines(path, problems):
+    for number, line in read_text_lines(path, problems):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gteopt.errors import InputError, join_problems, suggest
+from gteopt.errors import InputError, join_problems, suggest_names
 from gteopt.paths import shipped_dir
 
 ShippedKind = Literal[
@@ -35,7 +35,7 @@ _SHOWN = 400
 """Most characters of one problem, because a problem quotes the value."""
 
 
-def shipped_names(kind: ShippedKind) -> list[str]:
+def list_shipped_names(kind: ShippedKind) -> list[str]:
     """Names of the YAML files of one kind that come with gteopt, sorted."""
     return sorted(path.stem for path in shipped_dir(kind).glob("*.yaml"))
 
@@ -61,13 +61,13 @@ def find_yaml(kind: ShippedKind, name_or_file: str, *, beside: Path | None = Non
                 return path
         raise InputError(
             f"{word} file {name_or_file} does not exist; give an existing file or a shipped name "
-            f"({', '.join(shipped_names(kind))})"
+            f"({', '.join(list_shipped_names(kind))})"
         )
     path = shipped_dir(kind) / f"{name_or_file}.yaml"
     if path.is_file():
         return path
     raise InputError(
-        f"unknown {word} '{name_or_file}': {suggest(name_or_file, shipped_names(kind))} "
+        f"unknown {word} '{name_or_file}': {suggest_names(name_or_file, list_shipped_names(kind))} "
         f"(for a file of your own, give its path ending in .yaml)"
     )
 
@@ -173,7 +173,7 @@ def _problem(
     line, keys = _locate(node, location)
     field = ".".join(keys) or "(file)"
     if kind == "extra_forbidden":
-        hint = suggest(keys[-1], _fields_at(document, location[:-1]))
+        hint = suggest_names(keys[-1], _fields_at(document, location[:-1]))
         return f"{path}:{line}: unknown field '{field}': {hint}"
     if kind in ("missing", "union_tag_not_found"):
         return f"{path}:{line}: field '{'.'.join([*keys, location[-1]])}' is missing"
@@ -184,12 +184,12 @@ def _worded(message: str, value: object, options: str) -> str:
     """A message with the value that was found and the name that was probably meant."""
     shown = "" if isinstance(value, dict | BaseModel) else f" (found {value!r})"
     if isinstance(value, str) and options:
-        hint = suggest(value, re.findall("'([^']+)'", options))
+        hint = suggest_names(value, re.findall("'([^']+)'", options))
         shown += f"; {hint}" if hint.startswith("did you mean") else ""
     return f"{message}{shown}"
 
 
-def invalid(subject: str, error: ValidationError) -> InputError:
+def explain_validation_error(subject: str, error: ValidationError) -> InputError:
     """The problems of a validation error, worded as in `read_yaml`, but without a file."""
     problems = []
     for details in error.errors():

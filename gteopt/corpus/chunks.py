@@ -38,7 +38,7 @@ def chunk_tokens(
     return tokens or most, overlap
 
 
-def spans(
+def find_chunk_spans(
     tokenization: Tokenization, texts: Sequence[str], tokens: int, overlap: int
 ) -> list[list[Span]]:
     """First and last character + 1 of each chunk of each text; a short text is one chunk.

@@ -22,22 +22,22 @@ from typing import Any
 
 from gteopt.corpus.jobs import RunShards
 from gteopt.corpus.rows import RowRange
-from gteopt.corpus.shard_encoder import AHEAD, Done, EmbedTask, ShardEncoder
-from gteopt.corpus.workers import Answer, WorkerLost, WorkerPool
+from gteopt.corpus.shard_encoder import AHEAD, EmbedTask, ShardDone, ShardEncoder
+from gteopt.corpus.workers import WorkerAnswer, WorkerLost, WorkerPool
 from gteopt.errors import RESUMES, GteoptError, UnsupportedError
 
 
 @dataclass(frozen=True)
-class Embedded(Answer):
+class EmbeddedShard(WorkerAnswer):
     """The answer for a shard; exactly one of `done` and `error` is not None."""
 
-    done: Done | None = None
+    done: ShardDone | None = None
 
 
-EmbedWorkers = WorkerPool[EmbedTask, RowRange, Embedded]
+EmbedWorkers = WorkerPool[EmbedTask, RowRange, EmbeddedShard]
 
 
-def local_embedders(devices: Sequence[str]) -> EmbedWorkers:
+def start_local_embedders(devices: Sequence[str]) -> EmbedWorkers:
     """One process for each device of this machine; `parse_devices` gives the devices."""
     processes = _Processes(devices)
     openers = [
@@ -50,11 +50,11 @@ def local_embedders(devices: Sequence[str]) -> EmbedWorkers:
     return WorkerPool(openers, device=kind, where=where)
 
 
-def embed_on(workers: EmbedWorkers, say: Any = None) -> RunShards:
+def embed_on_workers(workers: EmbedWorkers, say: Any = None) -> RunShards:
     """Embed on workers, as many shards at once as there are workers."""
 
-    def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[Done]:
-        waiting: set[Future[Embedded]] = set()
+    def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[ShardDone]:
+        waiting: set[Future[EmbeddedShard]] = set()
         remaining = iter(shards)
         while True:
             # One shard a worker: a large corpus has too many shards to submit all at once.
@@ -100,7 +100,7 @@ class _Slot:
         self._process = processes.of(number)
         self.name = self._process.name
 
-    def encode(self, job: EmbedTask, shard: RowRange) -> Embedded:
+    def encode(self, job: EmbedTask, shard: RowRange) -> EmbeddedShard:
         """Embed a shard, or raise `WorkerLost`."""
         return self._process.ask(job, shard).result()
 
@@ -131,14 +131,14 @@ class _Process:
         self.process.start()
         theirs.close()
         self._lock = threading.Lock()
-        self._asked: dict[int, Future[Embedded]] = {}
+        self._asked: dict[int, Future[EmbeddedShard]] = {}
         self._n_asked = 0
         self._task: EmbedTask | None = None
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def ask(self, task: EmbedTask, shard: RowRange) -> Future[Embedded]:
+    def ask(self, task: EmbedTask, shard: RowRange) -> Future[EmbeddedShard]:
         """Start a shard; the future raises `WorkerLost` when the process ends."""
-        future: Future[Embedded] = Future()
+        future: Future[EmbeddedShard] = Future()
         with self._lock:
             if self.lost is not None:
                 raise WorkerLost(self.lost)
@@ -178,8 +178,8 @@ def _serve(connection: Connection, device: str, name: str) -> None:
     worker: ShardEncoder | None = None
     error: GteoptError | None = None
 
-    def answer(number: int, future: Future[Done] | None) -> None:
-        embedded = Embedded(error=error) if future is None else _answer(future, device)
+    def answer(number: int, future: Future[ShardDone] | None) -> None:
+        embedded = EmbeddedShard(error=error) if future is None else _answer(future, device)
         with lock, suppress(OSError):
             connection.send((number, embedded))
 
@@ -204,14 +204,14 @@ def _serve(connection: Connection, device: str, name: str) -> None:
         answering.submit(answer, number, future)
 
 
-def _answer(future: Future[Done], device: str) -> Embedded:
+def _answer(future: Future[ShardDone], device: str) -> EmbeddedShard:
     try:
-        return Embedded(done=future.result())
+        return EmbeddedShard(done=future.result())
     except GteoptError as error:
-        return Embedded(error=error)
+        return EmbeddedShard(error=error)
     except Exception as error:
         # An uncaught exception would end the process and be reported as out of memory.
-        return Embedded(error=_worded(error, device))
+        return EmbeddedShard(error=_worded(error, device))
 
 
 def _worded(error: Exception, device: str) -> UnsupportedError:

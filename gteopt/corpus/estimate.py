@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gteopt.corpus.jobs import Job
+from gteopt.corpus.jobs import EmbedJob
 from gteopt.corpus.rows import RowReader
 from gteopt.frozen import Frozen
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 
 if TYPE_CHECKING:
     from gteopt.encoder.encoder import Encoder
@@ -25,7 +25,7 @@ _Z = 1.96
 """Half of a 95 % interval, in standard errors."""
 
 
-class Estimate(Frozen):
+class EmbedEstimate(Frozen):
     """The estimated time, cost and size of a job.
 
     Attributes:
@@ -51,18 +51,18 @@ class Estimate(Frozen):
     n_bytes: int
 
 
-def estimate(
-    job: Job,
+def estimate_embedding(
+    job: EmbedJob,
     encoder: Encoder,
     *,
     price_per_hour: float | None = None,
     n_devices: int = 1,
-    progress: Progress = quiet,
-) -> Estimate:
+    progress: Progress = ignore_progress,
+) -> EmbedEstimate:
     """Count the tokens of random rows, and embed some of the rows to measure the speed.
 
     Args:
-        job: see `prepare`.
+        job: see `prepare_job`.
         encoder: the loaded model.
         price_per_hour: dollars for all devices together.
         n_devices: devices that will share the work.
@@ -97,7 +97,7 @@ def estimate(
     rate = n_done / seconds if seconds else 0.0
     hours = n_rows * mean / rate / 3600 / n_devices if rate else 0.0
     n_cut = sum(token_ids.is_cut for token_ids in tokens)
-    return Estimate(
+    return EmbedEstimate(
         n_rows=n_rows,
         n_shards=len(job.plan.shards),
         n_sampled=len(tokens),
@@ -111,7 +111,7 @@ def estimate(
     )
 
 
-def _sample(job: Job, progress: Progress) -> list[str]:
+def _sample(job: EmbedJob, progress: Progress) -> list[str]:
     """Texts of random rows from a few random shards; reading all shards would take too long."""
     random = np.random.default_rng(0)
     shards = list(job.plan.shards.values())

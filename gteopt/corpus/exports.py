@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gteopt.corpus.plan import EmbeddingRecord
-from gteopt.corpus.shard_files import DATA, read_shard, vectors_of
-from gteopt.corpus.storage import Folder
+from gteopt.corpus.shard_files import DATA, read_shard, read_shard_vectors
+from gteopt.corpus.storage import StorageFolder
 from gteopt.errors import InputError, UnsupportedError
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 
 Export = Literal["npy", "faiss-flat", "faiss-hnsw", "faiss-ivf", "lance"]
 IDS = "ids.parquet"
@@ -31,23 +31,28 @@ _TRAIN_PER_LIST = 39
 _MOST_TRAINED = 262_144
 
 
-def shards_of(folder: Folder) -> list[str]:
+def list_exported_shards(folder: StorageFolder) -> list[str]:
     """Names of the shards of a folder, in the order of the input."""
     return [name for name in folder.names(DATA) if name.endswith(".parquet")]
 
 
-def tables(
-    folder: Folder, columns: Sequence[str] | None = None, progress: Progress = quiet
+def read_exported_tables(
+    folder: StorageFolder,
+    columns: Sequence[str] | None = None,
+    progress: Progress = ignore_progress,
 ) -> Iterator[pa.Table]:
     """The shards' tables; one table at a time is in memory."""
-    names = shards_of(folder)
+    names = list_exported_shards(folder)
     for number, name in enumerate(names):
         yield read_shard(folder, name, columns)
         progress("reading shards", number + 1, len(names))
 
 
-def export(
-    folder: Folder, record: EmbeddingRecord, wanted: Sequence[Export], progress: Progress = quiet
+def export_embedding(
+    folder: StorageFolder,
+    record: EmbeddingRecord,
+    wanted: Sequence[Export],
+    progress: Progress = ignore_progress,
 ) -> list[Path]:
     """Write each format into the folder; a file appears there when it is complete.
 
@@ -86,10 +91,10 @@ def export(
     return written
 
 
-def _write_ids(folder: Folder, target: Path) -> Path:
+def _write_ids(folder: StorageFolder, target: Path) -> Path:
     partial = target.with_name(f".{target.name}.partial")
     writer = None
-    for table in tables(folder):
+    for table in read_exported_tables(folder):
         about = table.drop_columns(["vector"])
         writer = writer or pq.ParquetWriter(partial, about.schema.remove_metadata())
         writer.write_table(about.replace_schema_metadata(None))
@@ -99,11 +104,13 @@ def _write_ids(folder: Folder, target: Path) -> Path:
     return target
 
 
-def _write_npy(folder: Folder, record: EmbeddingRecord, target: Path, progress: Progress) -> None:
+def _write_npy(
+    folder: StorageFolder, record: EmbeddingRecord, target: Path, progress: Progress
+) -> None:
     out: npt.NDArray[Any] | None = None
     done = 0
-    for table in tables(folder, ["vector"], progress):
-        vectors = vectors_of(table, record.decode)
+    for table in read_exported_tables(folder, ["vector"], progress):
+        vectors = read_shard_vectors(table, record.decode)
         if out is None:
             shape = (record.n_vectors, record.decode.width)
             out = np.lib.format.open_memmap(target, "w+", vectors.dtype, shape)
@@ -114,7 +121,7 @@ def _write_npy(folder: Folder, record: EmbeddingRecord, target: Path, progress: 
 
 
 def _write_faiss(
-    folder: Folder, record: EmbeddingRecord, kind: Export, target: Path, progress: Progress
+    folder: StorageFolder, record: EmbeddingRecord, kind: Export, target: Path, progress: Progress
 ) -> None:
     import faiss
 
@@ -138,7 +145,7 @@ def _write_faiss(
     transform = decode.transform()
 
     def rows(table: pa.Table) -> npt.NDArray[Any]:
-        stored = vectors_of(table, decode)
+        stored = read_shard_vectors(table, decode)
         if decode.code == "binary":
             return np.ascontiguousarray(stored)
         if decode.code == "float16":
@@ -147,7 +154,7 @@ def _write_faiss(
 
     if not index.is_trained:
         index.train(_sample(folder, n, rows))
-    for table in tables(folder, ["vector"], progress):
+    for table in read_exported_tables(folder, ["vector"], progress):
         index.add(rows(table))
     if decode.code == "binary":
         faiss.write_index_binary(index, str(target))
@@ -160,20 +167,22 @@ def _n_lists(n: int) -> int:
     return max(1, min(int(4 * n**0.5), n // _TRAIN_PER_LIST))
 
 
-def _sample(folder: Folder, n: int, rows: Any) -> npt.NDArray[Any]:
+def _sample(folder: StorageFolder, n: int, rows: Any) -> npt.NDArray[Any]:
     """Every n-th vector of the corpus, to train the lists' centres."""
     step = max(1, n // _MOST_TRAINED)
-    return np.concatenate([rows(table)[::step] for table in tables(folder, ["vector"])])
+    return np.concatenate(
+        [rows(table)[::step] for table in read_exported_tables(folder, ["vector"])]
+    )
 
 
-def _write_lance(folder: Folder, target: Path, progress: Progress) -> None:
+def _write_lance(folder: StorageFolder, target: Path, progress: Progress) -> None:
     try:
         import lance
     except ImportError as error:
         raise UnsupportedError('--export lance needs Lance: pip install "gteopt[lance]"') from error
     if target.is_dir():
         shutil.rmtree(target)
-    source = tables(folder, None, progress)
+    source = read_exported_tables(folder, None, progress)
     first = _for_lance(next(source))
     lance.write_dataset(first, str(target))
     for table in source:

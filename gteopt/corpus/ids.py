@@ -17,7 +17,7 @@ HASHES_AT_ONCE = 1 << 26
 """512 MiB of hashes."""
 
 
-def count_duplicates(batches: Callable[[], Iterator[Sequence[str]]], n_ids: int) -> int:
+def count_duplicate_ids(batches: Callable[[], Iterator[Sequence[str]]], n_ids: int) -> int:
     """How many ids repeat an earlier id.
 
     Args:
@@ -33,7 +33,7 @@ def count_duplicates(batches: Callable[[], Iterator[Sequence[str]]], n_ids: int)
     return n_duplicates
 
 
-def examples(batches: Iterable[Sequence[str]], n: int = 5) -> list[str]:
+def list_duplicate_ids(batches: Iterable[Sequence[str]], n: int = 5) -> list[str]:
     """The first few ids that repeat an earlier id."""
     digests: set[bytes] = set()
     duplicates: dict[str, None] = {}

@@ -20,13 +20,13 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from gteopt.corpus.storage import (
-    Entry,
-    entry_of,
+    StorageEntry,
     is_remote,
-    list_files,
+    list_stored_files,
     local_path,
+    make_storage_entry,
     open_file_system,
-    reaching,
+    translate_storage_errors,
 )
 from gteopt.errors import InputError
 from gteopt.frozen import Frozen
@@ -123,7 +123,8 @@ def find_corpus(
         raise InputError(f"{', '.join(inputs)}: no files to embed")
     n_named = Counter(file.name for file, _ in located)
     files = tuple(
-        replaced(file, _plain(place)) if n_named[file.name] > 1 else file for file, place in located
+        rename_input(file, _plain(place)) if n_named[file.name] > 1 else file
+        for file, place in located
     )
     places = {file.name: place for file, (_, place) in zip(files, located, strict=True)}
     if len(places) < len(files):
@@ -135,11 +136,11 @@ def find_corpus(
 
 def _beir_text(located: tuple[InputFile, str]) -> str:
     """The template for a BEIR file: a title comes before the text, if the file has titles."""
-    with open_bytes(located[1]) as stream:
+    with open_input_bytes(located[1]) as stream:
         return "{title} {text}" if b'"title"' in stream.readline() else "text"
 
 
-def replaced(file: InputFile, name: str) -> InputFile:
+def rename_input(file: InputFile, name: str) -> InputFile:
     """The same file under another name."""
     return file.model_copy(update={"name": name})
 
@@ -166,22 +167,24 @@ def _located(name: str, hub_dir: Path | None) -> str:
 def _files_of(place: str, role: str) -> tuple[list[tuple[InputFile, str]], bool]:
     """Files with their paths or URLs, and whether the place is a BEIR folder."""
     prefix = place.partition("://")[0] + "://" if is_remote(place) else ""
-    with reaching(place):
+    with translate_storage_errors(place):
         if _GLOB.search(place):
             fixed = _GLOB.split(place, maxsplit=1)[0].rpartition("/")[0]
             system, root = open_file_system(fixed or ".")
             _, pattern = open_file_system(place)
-            entries = [e for e in list_files(system, root) if fnmatch.fnmatch(e.path, pattern)]
+            entries = [
+                e for e in list_stored_files(system, root) if fnmatch.fnmatch(e.path, pattern)
+            ]
             if not entries:
                 raise InputError(f"{place}: no file matches")
         else:
             system, root = open_file_system(place)
             info = system.get_file_info(root)
             if info.type == pafs.FileType.File:
-                entry = entry_of(system, info)
+                entry = make_storage_entry(system, info)
                 name = Path(entry.path).name
                 return [(_described(entry, name), prefix + entry.path)], False
-            entries = list_files(system, root)
+            entries = list_stored_files(system, root)
             if not entries:
                 where = "holds no files" if info.type != pafs.FileType.NotFound else "is not there"
                 raise InputError(f"{place} {where}; give a file, a folder, a glob or ORG/NAME")
@@ -220,7 +223,7 @@ def _format_of(name: str) -> tuple[Format, str | None] | None:
     return kind, compression
 
 
-def _described(entry: Entry, name: str) -> InputFile:
+def _described(entry: StorageEntry, name: str) -> InputFile:
     kind = _format_of(name)
     if kind is None:
         raise InputError(
@@ -237,9 +240,9 @@ def _described(entry: Entry, name: str) -> InputFile:
     )
 
 
-def open_bytes(place: str, compression: str | None = None, at: int = 0) -> io.BufferedReader:
+def open_input_bytes(place: str, compression: str | None = None, at: int = 0) -> io.BufferedReader:
     """Open a file and decompress it; an uncompressed file is read from the byte `at` on."""
-    with reaching(place):
+    with translate_storage_errors(place):
         if not is_remote(place):
             raw: Any = local_path(place).open("rb", buffering=0)
         else:
@@ -252,27 +255,27 @@ def open_bytes(place: str, compression: str | None = None, at: int = 0) -> io.Bu
     return io.BufferedReader(raw, _BUFFER_BYTES)
 
 
-def open_arrow(place: str) -> Any:
+def open_input_arrow(place: str) -> Any:
     """Open a file for random access by pyarrow; a file of this machine is memory-mapped."""
-    with reaching(place):
+    with translate_storage_errors(place):
         if not is_remote(place):
             return pa.memory_map(str(local_path(place)))
         system, path = open_file_system(place)
         return system.open_input_file(path)
 
 
-def check_unchanged(file: InputFile, place: str) -> None:
+def check_input_unchanged(file: InputFile, place: str) -> None:
     """Check that a file has not changed since the job was planned.
 
     Raises:
         InputError: the file is gone, or its size or its time of change differs.
     """
-    with reaching(place):
+    with translate_storage_errors(place):
         system, path = open_file_system(place)
         info = system.get_file_info(path)
         if info.type != pafs.FileType.File:
             raise InputError(f"{place} was removed after the job was planned; put it back")
-        now = entry_of(system, info)
+        now = make_storage_entry(system, info)
     if (now.n_bytes, now.version) != (file.n_bytes, file.version):
         raise InputError(
             f"{place} has changed since the job was planned ({file.n_bytes:,} bytes then, "

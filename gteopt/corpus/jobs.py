@@ -16,41 +16,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gteopt.corpus.ids import count_duplicates, examples
-from gteopt.corpus.inputs import Corpus, check_unchanged, find_corpus
-from gteopt.corpus.options import EmbedOptions, Template
+from gteopt.corpus.ids import count_duplicate_ids, list_duplicate_ids
+from gteopt.corpus.inputs import Corpus, check_input_unchanged, find_corpus
+from gteopt.corpus.options import EmbedOptions, TextTemplate
 from gteopt.corpus.plan import (
     EmbeddingRecord,
     FileCount,
-    Plan,
-    agreed_files,
-    fingerprint_of,
+    ShardPlan,
+    agree_plan_files,
+    fingerprint_settings,
     plan_shards,
-    read_record,
-    write_record,
+    read_embedding_record,
+    write_embedding_record,
 )
-from gteopt.corpus.rows import Columns, RowRange, RowReader, kept_schema
-from gteopt.corpus.shard_encoder import AHEAD, Done, EmbedTask, ShardEncoder, stored_transform
-from gteopt.corpus.shard_files import Decode, ShardRecord, Stored, finished, read_shard
-from gteopt.corpus.storage import Folder
+from gteopt.corpus.rows import RowColumns, RowRange, RowReader, find_kept_schema
+from gteopt.corpus.shard_encoder import AHEAD, EmbedTask, ShardDone, ShardEncoder, stored_transform
+from gteopt.corpus.shard_files import (
+    DecodeRecord,
+    ShardRecord,
+    Stored,
+    read_done_footers,
+    read_shard,
+)
+from gteopt.corpus.storage import StorageFolder
 from gteopt.corpus.tally import Tally, WorkerShare
 from gteopt.corpus.vector_cache import FORWARD_SCHEMA
 from gteopt.errors import InputError, IntegrityError
 from gteopt.frozen import Frozen
-from gteopt.model.artifact import alone
-from gteopt.progress import Progress, quiet
+from gteopt.model.artifact import lock_stage
+from gteopt.progress import Progress, ignore_progress
 
 if TYPE_CHECKING:
-    from gteopt.encoder.description import Description
+    from gteopt.encoder.description import EncoderDescription
     from gteopt.encoder.encoder import Encoder
 
 Events = Callable[[str, Mapping[str, Any]], None]
 """Called with the name of each event and its facts, which JSON can hold."""
-RunShards = Callable[[EmbedTask, Sequence[RowRange]], Iterator[Done]]
+RunShards = Callable[[EmbedTask, Sequence[RowRange]], Iterator[ShardDone]]
 """Embeds shards, here or elsewhere, and yields each when it is on disk, in any order."""
 
 
-def unheard(event: str, facts: Mapping[str, Any]) -> None:
+def ignore_job_event(event: str, facts: Mapping[str, Any]) -> None:
     """Ignore an event."""
 
 
@@ -107,7 +113,7 @@ class EmbedReport(Frozen):
 
 
 @dataclass(frozen=True)
-class Job:
+class EmbedJob:
     """A planned job: a corpus, a model and a folder whose content belongs to this job.
 
     Attributes:
@@ -116,15 +122,15 @@ class Job:
     """
 
     task: EmbedTask
-    plan: Plan
+    plan: ShardPlan
     corpus: Corpus
     record: EmbeddingRecord
-    folder: Folder
+    folder: StorageFolder
     backend_reason: str | None = None
 
 
 @dataclass(frozen=True)
-class Wishes:
+class JobWishes:
     """Options of a run that change no vector.
 
     Attributes:
@@ -143,7 +149,7 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Request:
+class JobRequest:
     """The inputs, the model and the folder of an embedding job.
 
     Attributes:
@@ -159,14 +165,14 @@ class Request:
     options: EmbedOptions
 
 
-def prepare(
-    request: Request,
-    encoder: Description,
+def prepare_job(
+    request: JobRequest,
+    encoder: EncoderDescription,
     *,
-    wishes: Wishes = Wishes(),
+    wishes: JobWishes = JobWishes(),
     reads_only: bool = False,
-    progress: Progress = quiet,
-) -> Job:
+    progress: Progress = ignore_progress,
+) -> EmbedJob:
     """Find the corpus, compare it with what the folder holds, and cut it into shards.
 
     Args:
@@ -181,16 +187,18 @@ def prepare(
     """
     # "auto" has been decided; every worker takes the same.
     options = request.options.model_copy(update={"backend": encoder.backend})
-    folder = Folder(request.out)
+    folder = StorageFolder(request.out)
     corpus = find_corpus(request.inputs, role=options.role, hub_dir=wishes.hub_dir)
     stored = _stored(encoder, options)
     settings = _settings(encoder, options, corpus, stored)
-    if reads_only and (earlier := read_record(folder)) is not None:
+    if reads_only and (earlier := read_embedding_record(folder)) is not None:
         settings["arithmetic"] = earlier.settings.get("arithmetic")
-    files = agreed_files(folder, settings, corpus, grow=wishes.grow)
-    template = Template(settings["text"] or "text")
+    files = agree_plan_files(folder, settings, corpus, grow=wishes.grow)
+    template = TextTemplate(settings["text"] or "text")
     present = [(file, corpus.places[file.name]) for file in files if file.name in corpus.places]
-    columns = Columns(template, settings["id"], options.keep, kept_schema(present, options.keep))
+    columns = RowColumns(
+        template, settings["id"], options.keep, find_kept_schema(present, options.keep)
+    )
     plan = plan_shards(folder, files, corpus, columns, settings=settings, progress=progress)
     task = EmbedTask(
         source=request.model,
@@ -206,7 +214,7 @@ def prepare(
             if file.name in corpus.places
         },
         out=str(request.out if folder.local is None else folder.local),
-        fingerprint=fingerprint_of(settings),
+        fingerprint=fingerprint_settings(settings),
         again=wishes.retry_failed,
         arithmetic=settings["arithmetic"],
     )
@@ -222,27 +230,27 @@ def prepare(
         settings=settings,
         model=request.model,
         hub_dir=task.hub_dir,
-        decode=Decode.of(transform, stored),
+        decode=DecodeRecord.of(transform, stored),
         rescore=transform.rescore if transform.rescores else 1,
         files=tuple(FileCount(file=f, n_rows=n) for f, n in zip(files, rows, strict=True)),
     )
-    return Job(task, plan, corpus, record, folder, encoder.runtime.backend_reason)
+    return EmbedJob(task, plan, corpus, record, folder, encoder.runtime.backend_reason)
 
 
-def working_alone(out: str | Path) -> AbstractContextManager[None]:
+def lock_job(out: str | Path) -> AbstractContextManager[None]:
     """Lock the job's folder, and remove half-written files of a killed job.
 
     Raises:
         InputError: another process embeds into the folder.
     """
-    local = Folder(out).local
-    return nullcontext() if local is None else _alone(local / Folder.TEMPORARY)
+    local = StorageFolder(out).local
+    return nullcontext() if local is None else _alone(local / StorageFolder.TEMPORARY)
 
 
 class _alone:
     def __init__(self, temporary: Path) -> None:
         self._temporary = temporary
-        self._lock = alone(temporary)
+        self._lock = lock_stage(temporary)
 
     def __enter__(self) -> None:
         try:
@@ -268,18 +276,18 @@ class _alone:
                 path.unlink(missing_ok=True)
 
 
-def run(
-    job: Job,
+def run_job(
+    job: EmbedJob,
     embed: RunShards,
     *,
-    wishes: Wishes = Wishes(),
-    progress: Progress = quiet,
-    events: Events = unheard,
+    wishes: JobWishes = JobWishes(),
+    progress: Progress = ignore_progress,
+    events: Events = ignore_job_event,
 ) -> EmbedReport:
     """Embed the shards that are not done, and write embedding.json.
 
     Args:
-        job: see `prepare`.
+        job: see `prepare_job`.
         embed: embeds the shards, in this process, in others or on a cluster.
         wishes: how the job is run.
         progress: called with the rows that are done.
@@ -293,15 +301,15 @@ def run(
     plan, folder = job.plan, job.folder
     if wishes.unique_ids:
         _refuse_duplicates(job)
-    before = read_record(folder)
-    done = finished(folder, plan.expected())
+    before = read_embedding_record(folder)
+    done = read_done_footers(folder, plan.expected())
     kept = {
         name: record for name, record in done.items() if not (wishes.retry_failed and record.n_bad)
     }
     todo = [shard for name, shard in plan.shards.items() if name not in kept]
     unchanged = before is not None and before.complete and not todo
     if not unchanged:
-        write_record(folder, job.record)
+        write_embedding_record(folder, job.record)
     _check_files(job, todo)
     facts = {"rows": plan.n_rows, "shards": len(plan.shards), "shards_done": len(kept)}
     events("start", {"out": str(folder), **facts})
@@ -322,16 +330,16 @@ def run(
     if unchanged and before is not None:
         record = record.model_copy(update={"n_duplicate_ids": before.n_duplicate_ids})
     elif record.settings["id"] is not None:
-        n_twice = count_duplicates(lambda: _stored_ids(folder, plan), plan.n_rows)
+        n_twice = count_duplicate_ids(lambda: _stored_ids(folder, plan), plan.n_rows)
         record = record.model_copy(update={"n_duplicate_ids": n_twice})
     if not unchanged or before != record:
-        write_record(folder, record)
+        write_embedding_record(folder, record)
     report = _report(job, record, tally, len(todo))
     events("end", report.model_dump())
     return report
 
 
-def _report(job: Job, record: EmbeddingRecord, tally: Tally, n_todo: int) -> EmbedReport:
+def _report(job: EmbedJob, record: EmbeddingRecord, tally: Tally, n_todo: int) -> EmbedReport:
     return EmbedReport(
         out=str(job.folder),
         n_rows=record.n_rows,
@@ -355,11 +363,11 @@ def _report(job: Job, record: EmbeddingRecord, tally: Tally, n_todo: int) -> Emb
     )
 
 
-def embed_here(encoder: Encoder) -> RunShards:
+def embed_in_process(encoder: Encoder) -> RunShards:
     """Embed in this process, with a model that is loaded."""
 
-    def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[Done]:
-        waiting: deque[Future[Done]] = deque()
+    def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[ShardDone]:
+        waiting: deque[Future[ShardDone]] = deque()
         with ShardEncoder(task, encoder) as worker:
             for shard in shards:
                 waiting.append(worker.submit(shard))
@@ -371,12 +379,12 @@ def embed_here(encoder: Encoder) -> RunShards:
     return embed
 
 
-def _stored(encoder: Description, options: EmbedOptions) -> Stored:
+def _stored(encoder: EncoderDescription, options: EmbedOptions) -> Stored:
     return encoder.vectors.code if options.code == "artifact" else options.code
 
 
 def _settings(
-    encoder: Description, options: EmbedOptions, corpus: Corpus, stored: Stored
+    encoder: EncoderDescription, options: EmbedOptions, corpus: Corpus, stored: Stored
 ) -> dict[str, str | None]:
     """Everything that decides the vectors and their files, as text, by the option's name."""
     transform = stored_transform(encoder.vectors, stored)
@@ -401,7 +409,7 @@ def _settings(
     }
 
 
-def _arithmetic(encoder: Description) -> str | None:
+def _arithmetic(encoder: EncoderDescription) -> str | None:
     """How products are rounded, if that differs between machines; None for float32 and float64,
     where machines differ only in the order of sums.
     """
@@ -411,7 +419,7 @@ def _arithmetic(encoder: Description) -> str | None:
     return encoder.arithmetic
 
 
-def _prompt(encoder: Description, options: EmbedOptions) -> str:
+def _prompt(encoder: EncoderDescription, options: EmbedOptions) -> str:
     """The text that is put before each text.
 
     Raises:
@@ -441,7 +449,7 @@ def _n_threads() -> int:
     return torch.get_num_threads()
 
 
-def _check_files(job: Job, todo: Sequence[RowRange]) -> None:
+def _check_files(job: EmbedJob, todo: Sequence[RowRange]) -> None:
     """Check that the files to read are there and have not changed since they were planned."""
     for number in {shard.file for shard in todo}:
         if number not in job.task.files:
@@ -449,10 +457,10 @@ def _check_files(job: Job, todo: Sequence[RowRange]) -> None:
             raise InputError(
                 f"{name} is only partly embedded, and is not among the inputs any more; name it too"
             )
-        check_unchanged(*job.task.files[number])
+        check_input_unchanged(*job.task.files[number])
 
 
-def _counted(job: Job, done: Mapping[str, ShardRecord]) -> EmbeddingRecord:
+def _counted(job: EmbedJob, done: Mapping[str, ShardRecord]) -> EmbeddingRecord:
     """embedding.json of the finished job.
 
     Raises:
@@ -490,7 +498,7 @@ def _counted(job: Job, done: Mapping[str, ShardRecord]) -> EmbeddingRecord:
     )
 
 
-def _stored_ids(folder: Folder, plan: Plan) -> Iterator[list[str]]:
+def _stored_ids(folder: StorageFolder, plan: ShardPlan) -> Iterator[list[str]]:
     """Ids of the documents of each shard; a document with several chunks counts once."""
     for name in plan.shards:
         table = read_shard(folder, name, ["id", "row"])
@@ -499,7 +507,7 @@ def _stored_ids(folder: Folder, plan: Plan) -> Iterator[list[str]]:
         yield [id_ for n, id_ in enumerate(ids) if n == 0 or rows[n] != rows[n - 1]]
 
 
-def _refuse_duplicates(job: Job) -> None:
+def _refuse_duplicates(job: EmbedJob) -> None:
     """Check the ids of the whole corpus before anything is embedded.
 
     Raises:
@@ -508,7 +516,7 @@ def _refuse_duplicates(job: Job) -> None:
     column = job.record.settings["id"]
     if column is None:
         raise InputError("--unique-ids needs --id: without it, each row gets a unique id")
-    columns = Columns(Template(column), column)
+    columns = RowColumns(TextTemplate(column), column)
 
     def ids() -> Iterator[list[str]]:
         reader = RowReader(job.task.files, columns)
@@ -519,9 +527,9 @@ def _refuse_duplicates(job: Job) -> None:
         finally:
             reader.close()
 
-    n_twice = count_duplicates(ids, job.plan.n_rows)
+    n_twice = count_duplicate_ids(ids, job.plan.n_rows)
     if n_twice:
-        shown = ", ".join(repr(id_) for id_ in examples(ids()))
+        shown = ", ".join(repr(id_) for id_ in list_duplicate_ids(ids()))
         raise InputError(
             f"column {column} repeats {n_twice:,} ids of earlier rows ({shown}); make them "
             f"unique, or leave out --unique-ids"

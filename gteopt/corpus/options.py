@@ -24,7 +24,7 @@ SHARD_ROWS = 4096
 """About a minute's work of a 7B model on one GPU: a lost worker loses that much."""
 
 
-class Long(Frozen):
+class LongTexts(Frozen):
     """What happens to a text that is longer than the model takes.
 
     Attributes:
@@ -38,7 +38,7 @@ class Long(Frozen):
     overlap: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
-    def _moves_on(self) -> Long:
+    def _moves_on(self) -> LongTexts:
         if self.overlap and self.overlap >= self.tokens:
             raise ValueError(f"overlap {self.overlap} must be below the chunk's {self.tokens}")
         return self
@@ -48,7 +48,7 @@ class Long(Frozen):
         return f"{self.mode}{sizes}"
 
 
-def parse_long(text: str) -> Long:
+def parse_long_texts(text: str) -> LongTexts:
     """Parse "error", "truncate", "chunk", "chunk:TOKENS" or "chunk:TOKENS:OVERLAP".
 
     Raises:
@@ -61,11 +61,11 @@ def parse_long(text: str) -> Long:
             f"(chunk:512:64)"
         )
     if match[1]:
-        return Long(mode=match[1])  # type: ignore[arg-type]
+        return LongTexts(mode=match[1])  # type: ignore[arg-type]
     tokens, overlap = int(match[2]), int(match[3] or 0)
     if overlap >= tokens:
         raise InputError(f"--long {text}: the overlap must be smaller than the chunk")
-    return Long(mode="chunk", tokens=tokens, overlap=overlap)
+    return LongTexts(mode="chunk", tokens=tokens, overlap=overlap)
 
 
 class EmbedOptions(Frozen):
@@ -95,7 +95,7 @@ class EmbedOptions(Frozen):
     keep: tuple[str, ...] = ()
     role: Literal["query", "document"] = "document"
     instruction: str | None = None
-    long: Long = Long()
+    long: LongTexts = LongTexts()
     pool: Literal["none", "mean"] = "none"
     code: Code = "artifact"
     vector_type: VectorType = "list"
@@ -108,7 +108,7 @@ class EmbedOptions(Frozen):
     @field_validator("long", mode="before")
     @classmethod
     def _parsed(cls, value: Any) -> Any:
-        return parse_long(value) if isinstance(value, str) else value
+        return parse_long_texts(value) if isinstance(value, str) else value
 
     @field_validator("keep", mode="before")
     @classmethod
@@ -128,7 +128,7 @@ class EmbedOptions(Frozen):
                 f"({', '.join(sorted(RESERVED))}); rename the column in the input"
             )
         if self.text is not None:
-            Template(self.text)  # raises for a bad template, before files are opened
+            TextTemplate(self.text)  # raises for a bad template, before files are opened
         return self
 
 
@@ -136,7 +136,7 @@ RESERVED = frozenset({"id", "file", "row", "chunk", "start", "end", "vector"})
 """Columns that every output has."""
 
 
-class Template:
+class TextTemplate:
     """How the text of a row is made from its columns.
 
     Attributes:
@@ -193,7 +193,7 @@ def _not_text(column: str, value: object) -> str:
     return f"column {column} is {kind}"
 
 
-def as_text(value: Any) -> str | None:
+def value_as_text(value: Any) -> str | None:
     """An id or a kept value as text: a string unchanged, any other value as JSON."""
     if value is None:
         return None
@@ -201,7 +201,9 @@ def as_text(value: Any) -> str | None:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def lacking(wanted: Sequence[str], present: Sequence[str], where: str) -> InputError | None:
+def check_wanted_columns(
+    wanted: Sequence[str], present: Sequence[str], where: str
+) -> InputError | None:
     """The error for wanted columns that are missing; None if all are present."""
     missing = [column for column in wanted if column not in present]
     if not missing:

@@ -15,13 +15,13 @@ from typing import Literal
 from pydantic import Field, ValidationError
 
 from gteopt.corpus.inputs import Corpus, InputFile
-from gteopt.corpus.rows import Columns, RowRange, cut_rows
-from gteopt.corpus.shard_files import Decode, shard_name
-from gteopt.corpus.storage import Folder
+from gteopt.corpus.rows import RowColumns, RowRange, cut_rows
+from gteopt.corpus.shard_files import DecodeRecord, shard_name
+from gteopt.corpus.storage import StorageFolder
 from gteopt.errors import InputError, IntegrityError, join_problems
 from gteopt.frozen import Frozen
 from gteopt.progress import Progress
-from gteopt.records.files import to_json
+from gteopt.records.files import record_to_json
 
 RECORD = "embedding.json"
 PLAN = "_plan"
@@ -63,7 +63,7 @@ class EmbeddingRecord(Frozen):
     settings: dict[str, str | None]
     model: str
     hub_dir: str | None = None
-    decode: Decode
+    decode: DecodeRecord
     rescore: int = 1
     files: tuple[FileCount, ...]
     bad: dict[str, int] = Field(default_factory=dict)
@@ -97,7 +97,7 @@ class _FilePlan(Frozen):
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """Every shard of a job.
 
     Attributes:
@@ -123,12 +123,12 @@ class Plan:
         }
 
 
-def fingerprint_of(settings: dict[str, str | None]) -> str:
+def fingerprint_settings(settings: dict[str, str | None]) -> str:
     """The hash that footers carry."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_record(folder: Folder) -> EmbeddingRecord | None:
+def read_embedding_record(folder: StorageFolder) -> EmbeddingRecord | None:
     """Read the embedding.json of a folder; None if there is no such file.
 
     Raises:
@@ -147,23 +147,23 @@ def read_record(folder: Folder) -> EmbeddingRecord | None:
         ) from error
 
 
-def write_record(folder: Folder, record: EmbeddingRecord) -> None:
+def write_embedding_record(folder: StorageFolder, record: EmbeddingRecord) -> None:
     """Write embedding.json."""
-    folder.write(RECORD, to_json(record).encode())
+    folder.write(RECORD, record_to_json(record).encode())
 
 
-def agreed_files(
-    folder: Folder, settings: dict[str, str | None], corpus: Corpus, *, grow: bool
+def agree_plan_files(
+    folder: StorageFolder, settings: dict[str, str | None], corpus: Corpus, *, grow: bool
 ) -> tuple[InputFile, ...]:
     """The files of the job; the files of an earlier run come first.
 
     Raises:
         InputError: the folder belongs to another job, or holds other files. Lists every difference.
     """
-    earlier = read_record(folder)
+    earlier = read_embedding_record(folder)
     if earlier is None:
         # A job that was killed while it counted rows leaves a plan and nothing else.
-        others = {name.split("/")[0] for name in folder.names("")} - {Folder.TEMPORARY, PLAN}
+        others = {name.split("/")[0] for name in folder.names("")} - {StorageFolder.TEMPORARY, PLAN}
         if others:
             raise InputError(
                 f"{folder} holds other files ({', '.join(sorted(others)[:5])}); give a new folder "
@@ -202,20 +202,20 @@ def _shown(value: str | None) -> str:
 
 
 def plan_shards(
-    folder: Folder,
+    folder: StorageFolder,
     files: Sequence[InputFile],
     corpus: Corpus,
-    columns: Columns,
+    columns: RowColumns,
     *,
     settings: dict[str, str | None],
     progress: Progress,
-) -> Plan:
+) -> ShardPlan:
     """Cut every file into shards; a file that was planned before keeps its shards.
 
     Raises:
         InputError: a file cannot be read; lists all such files.
     """
-    fingerprint = fingerprint_of(settings)
+    fingerprint = fingerprint_settings(settings)
     shards: dict[str, RowRange] = {}
     problems: list[str] = []
     n_bytes, done = sum(file.n_bytes for file in files), 0
@@ -232,15 +232,15 @@ def plan_shards(
         progress("counting the rows (bytes)", done, n_bytes)
     if problems:
         raise InputError("\n".join(problems))
-    return Plan(fingerprint, tuple(files), shards)
+    return ShardPlan(fingerprint, tuple(files), shards)
 
 
 def _file_shards(
-    folder: Folder,
+    folder: StorageFolder,
     number: int,
     file: InputFile,
     corpus: Corpus,
-    columns: Columns,
+    columns: RowColumns,
     settings: dict[str, str | None],
 ) -> list[RowRange]:
     name = f"{PLAN}/{number:05d}.json"

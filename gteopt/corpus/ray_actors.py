@@ -10,10 +10,10 @@ from typing import Any
 
 from gteopt.corpus.ray_cluster import join_cluster
 from gteopt.corpus.shards import Shard
-from gteopt.corpus.workers import Encoded, Job, WorkerLost, Workers, _encode
+from gteopt.corpus.workers import EncodedShard, ScoreWorkers, WorkerJob, WorkerLost, _encode
 
 
-def ray_workers(address: str, *, device: str = "auto", n_threads: int) -> Workers:
+def start_ray_workers(address: str, *, device: str = "auto", n_threads: int) -> ScoreWorkers:
     """One actor for each GPU of a running Ray cluster, or for every `n_threads` cores of a node.
 
     Args:
@@ -29,7 +29,7 @@ def ray_workers(address: str, *, device: str = "auto", n_threads: int) -> Worker
     kind, n_workers = cluster.kind, cluster.n_places
     claim = {"num_gpus": 1, "num_cpus": 1} if kind == "cuda" else {"num_cpus": n_threads}
     openers = [lambda number=number: _Actor(str(number), claim) for number in range(n_workers)]
-    return Workers(
+    return ScoreWorkers(
         openers,
         device=kind,
         where=f"{n_workers} Ray actors ({kind})",
@@ -46,15 +46,15 @@ class _Actor:
         self.name = name
         self._ray = ray
         kind: Any = ray.remote(RayEncoder)
-        # `Workers` restarts and retries, because it knows which other worker is free. Ray would
-        # wait for room on the remaining nodes.
+        # `ScoreWorkers` restarts and retries, because it knows which other worker is free. Ray
+        # would wait for room on the remaining nodes.
         self._actor = kind.options(
             **claim, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
         ).remote()
         self._get(self._actor.ready.remote())  # waits until a node has room for it
 
-    def encode(self, job: Job, shard: Shard) -> Encoded:
-        encoded: Encoded = self._get(self._actor.encode.remote(job, shard))
+    def encode(self, job: WorkerJob, shard: Shard) -> EncodedShard:
+        encoded: EncodedShard = self._get(self._actor.encode.remote(job, shard))
         return encoded
 
     def _get(self, reference: Any) -> Any:
@@ -76,7 +76,7 @@ class _Actor:
 class RayEncoder:
     """The class that runs inside an actor. Ray shows it only the GPU that it claimed."""
 
-    def encode(self, job: Job, shard: Shard) -> Encoded:
+    def encode(self, job: WorkerJob, shard: Shard) -> EncodedShard:
         """Encode one shard."""
         return _encode(job, job.device, shard)
 

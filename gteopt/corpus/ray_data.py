@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from gteopt.corpus.jobs import RunShards
 from gteopt.corpus.ray_cluster import join_cluster
 from gteopt.corpus.rows import RowRange
-from gteopt.corpus.shard_encoder import Done, EmbedTask, ShardEncoder
-from gteopt.corpus.shard_files import ShardRecord, done_footer, shard_name
-from gteopt.corpus.storage import Folder
+from gteopt.corpus.shard_encoder import EmbedTask, ShardDone, ShardEncoder
+from gteopt.corpus.shard_files import ShardRecord, read_done_footer, shard_name
+from gteopt.corpus.storage import StorageFolder
 from gteopt.errors import RESUMES, GteoptError, InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def embed_on_ray(
         InputError: there is no such cluster.
     """
 
-    def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[Done]:
+    def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[ShardDone]:
         try:
             import ray.data
         except ImportError as error:
@@ -84,7 +84,7 @@ def embed_on_ray(
                 if row["name"] not in names:
                     names.add(row["name"])
                     record = ShardRecord.model_validate_json(row["record"])
-                    yield Done(row["name"], record, row["operations"], row["worker"])
+                    yield ShardDone(row["name"], record, row["operations"], row["worker"])
         except ray.exceptions.RayError as error:
             raise UnsupportedError(
                 f"the Ray cluster failed ({_last_line(error)}); {RESUMES}"
@@ -96,7 +96,7 @@ def embed_on_ray(
 
 
 @contextmanager
-def cluster(address: str, device: str = "auto") -> Iterator[Literal["cuda", "cpu"]]:
+def open_ray_cluster(address: str, device: str = "auto") -> Iterator[Literal["cuda", "cpu"]]:
     """Join a cluster for the duration of a `with` block; gives the kind of its devices.
 
     Args:
@@ -120,7 +120,7 @@ class EmbedShards:
     def __init__(self, task: EmbedTask, device: str) -> None:
         """Load the model on the device that Ray shows."""
         self._task = task
-        self._folder = Folder(task.out)
+        self._folder = StorageFolder(task.out)
         self._failed: str | None = None
         self._name = f"{socket.gethostname()}, process {os.getpid()}"
         try:
@@ -134,12 +134,12 @@ class EmbedShards:
         shards = [RowRange.model_validate_json(str(shard)) for shard in batch["shard"]]
         if self._failed is not None:
             return _rows([_failure(self._failed)])
-        started: list[tuple[str, ShardRecord | Future[Done]]] = []
+        started: list[tuple[str, ShardRecord | Future[ShardDone]]] = []
         for shard in shards:
             identity = self._task.files[shard.file][0].identity
             name = shard_name(self._task.fingerprint, identity, shard)
             expected = (self._task.fingerprint, identity, shard)
-            record = None if self._task.again else done_footer(self._folder, name, expected)
+            record = None if self._task.again else read_done_footer(self._folder, name, expected)
             started.append((name, record or self._worker.submit(shard)))
         rows: list[dict[str, Any]] = []
         for name, result in started:
@@ -147,7 +147,7 @@ class EmbedShards:
                 done = (
                     result.result()
                     if isinstance(result, Future)
-                    else Done(name, result, 0.0, self._name)
+                    else ShardDone(name, result, 0.0, self._name)
                 )
             except GteoptError as error:
                 rows.append(_failure(str(error)))

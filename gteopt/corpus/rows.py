@@ -21,8 +21,13 @@ from typing import Any, Literal, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gteopt.corpus.inputs import InputFile, check_unchanged, open_arrow, open_bytes
-from gteopt.corpus.options import Template, as_text, lacking
+from gteopt.corpus.inputs import (
+    InputFile,
+    check_input_unchanged,
+    open_input_arrow,
+    open_input_bytes,
+)
+from gteopt.corpus.options import TextTemplate, check_wanted_columns, value_as_text
 from gteopt.errors import InputError
 from gteopt.frozen import Frozen
 
@@ -52,7 +57,7 @@ class RowRange(Frozen):
 
 
 @dataclass(frozen=True)
-class Columns:
+class RowColumns:
     """Which columns of a row are read.
 
     Attributes:
@@ -62,7 +67,7 @@ class Columns:
         kept: types of these columns; strings in formats without types.
     """
 
-    text: Template
+    text: TextTemplate
     id: str | None
     keep: tuple[str, ...] = ()
     kept: pa.Schema = field(default_factory=lambda: pa.schema([]))
@@ -91,7 +96,7 @@ class Rows:
     kept: pa.Table
 
 
-class Cursor(Protocol):
+class RowCursor(Protocol):
     """An open file and the row at which it is read next.
 
     Attributes:
@@ -108,7 +113,7 @@ class Cursor(Protocol):
 
 
 def cut_rows(
-    file: InputFile, place: str, number: int, columns: Columns, shard_rows: int
+    file: InputFile, place: str, number: int, columns: RowColumns, shard_rows: int
 ) -> list[RowRange]:
     """Cut a file into shards; a format that does not store its number of rows is read once.
 
@@ -129,11 +134,11 @@ def cut_rows(
 
 
 def _cut_lines(
-    file: InputFile, place: str, number: int, columns: Columns, shard_rows: int
+    file: InputFile, place: str, number: int, columns: RowColumns, shard_rows: int
 ) -> list[RowRange]:
     shards: list[RowRange] = []
     names: dict[str, None] = {}
-    with open_bytes(place, file.compression) as stream:
+    with open_input_bytes(place, file.compression) as stream:
         if file.format == "jsonl" and stream.peek(1)[:1] == b"[":
             raise InputError(
                 f"{place} is one JSON array; convert it to one value a line: jq -c '.[]' FILE"
@@ -151,7 +156,7 @@ def _cut_lines(
             shards.append(RowRange(file=number, first=first, n_rows=row - first, offset=offset))
         if isinstance(source, _CsvRecords):
             names = dict.fromkeys(source.heading)
-    if names and (error := lacking(columns.all, list(names), place)) is not None:
+    if names and (error := check_wanted_columns(columns.all, list(names), place)) is not None:
         raise error
     if file.compression is not None:
         shards = [shard.model_copy(update={"offset": 0}) for shard in shards]
@@ -159,10 +164,10 @@ def _cut_lines(
 
 
 def _cut_table(
-    file: InputFile, place: str, number: int, columns: Columns, shard_rows: int
+    file: InputFile, place: str, number: int, columns: RowColumns, shard_rows: int
 ) -> list[RowRange]:
     schema, n_rows, n_bytes = _about_table(file, place)
-    if (error := lacking(columns.all, schema.names, place)) is not None:
+    if (error := check_wanted_columns(columns.all, schema.names, place)) is not None:
         raise error
     for wanted in columns.kept:
         if schema.field(wanted.name).type != wanted.type:
@@ -181,7 +186,7 @@ def _cut_table(
 def _about_table(file: InputFile, place: str) -> tuple[pa.Schema, int, int]:
     """Schema, number of rows, and bytes of the rows."""
     try:
-        with open_arrow(place) as source:
+        with open_input_arrow(place) as source:
             if file.format == "parquet":
                 parquet = pq.ParquetFile(source)
                 meta = parquet.metadata
@@ -199,7 +204,7 @@ def _about_table(file: InputFile, place: str) -> tuple[pa.Schema, int, int]:
         ) from error
 
 
-def kept_schema(files: Iterable[tuple[InputFile, str]], keep: tuple[str, ...]) -> pa.Schema:
+def find_kept_schema(files: Iterable[tuple[InputFile, str]], keep: tuple[str, ...]) -> pa.Schema:
     """Types of the copied columns: the types in the first file, or strings if it has no types.
 
     Raises:
@@ -208,7 +213,7 @@ def kept_schema(files: Iterable[tuple[InputFile, str]], keep: tuple[str, ...]) -
     for file, place in files:
         if keep and file.format in ("parquet", "arrow"):
             schema, _, _ = _about_table(file, place)
-            if (error := lacking(keep, schema.names, place)) is not None:
+            if (error := check_wanted_columns(keep, schema.names, place)) is not None:
                 raise error
             return pa.schema([pa.field(name, schema.field(name).type) for name in keep])
         break
@@ -225,7 +230,7 @@ class RowReader:
     the last file stays open, and the next shard is read from there.
     """
 
-    def __init__(self, files: Mapping[int, tuple[InputFile, str]], columns: Columns) -> None:
+    def __init__(self, files: Mapping[int, tuple[InputFile, str]], columns: RowColumns) -> None:
         """Nothing is opened yet.
 
         Args:
@@ -254,7 +259,7 @@ class RowReader:
             raise
         if len(rows.texts) != shard.n_rows:
             self.close()
-            check_unchanged(file, place)
+            check_input_unchanged(file, place)
             raise InputError(
                 f"{place}: {shard.n_rows:,} rows were planned from row {shard.first:,} on, but "
                 f"only {len(rows.texts):,} are there; embed into a new folder"
@@ -274,7 +279,7 @@ class RowReader:
                 cursor.skip(shard.first - cursor.at)
                 return cursor
             self.close()
-        check_unchanged(file, place)
+        check_input_unchanged(file, place)
         if file.format in ("parquet", "arrow"):
             cursor = _TableCursor(file, place, self._columns.all, shard.first)
         else:
@@ -297,7 +302,7 @@ class RowReader:
                 faults[position] = fault
             ids.append(self._id(file, shard.first + position, row))
             for column, name in zip(kept, self._columns.keep, strict=True):
-                column.append(as_text(row.get(name)))
+                column.append(value_as_text(row.get(name)))
         arrays = [pa.array(column, pa.string()) for column in kept]
         return Rows(shard.first, texts, ids, faults, _table(arrays, self._columns, len(texts)))
 
@@ -341,11 +346,11 @@ class RowReader:
 
     def _id(self, file: InputFile, number: int, row: Mapping[str, Any]) -> str:
         value = None if self._columns.id is None else row.get(self._columns.id)
-        id_ = as_text(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
+        id_ = value_as_text(value.decode("utf-8", "replace") if isinstance(value, bytes) else value)
         return f"{file.name}:{number}" if id_ is None else id_
 
 
-def _table(arrays: list[Any], columns: Columns, n_rows: int) -> pa.Table:
+def _table(arrays: list[Any], columns: RowColumns, n_rows: int) -> pa.Table:
     if not arrays:
         return pa.table({"_": pa.nulls(n_rows)}).select([])
     return pa.Table.from_arrays(arrays, schema=columns.kept)
@@ -375,11 +380,11 @@ class _LineCursor:
         seeks = file.compression is None
         heading = None
         if seeks and shard.offset and file.format in ("csv", "tsv"):
-            with open_bytes(place) as start:
+            with open_input_bytes(place) as start:
                 source = _records(file, place, start)
                 assert isinstance(source, _CsvRecords)
                 heading = source.about
-        self._stream = open_bytes(place, file.compression, shard.offset if seeks else 0)
+        self._stream = open_input_bytes(place, file.compression, shard.offset if seeks else 0)
         self._records = _records(file, place, self._stream, heading)
         self.at = shard.first if seeks else 0
         self.skip(shard.first - self.at)
@@ -404,7 +409,7 @@ class _TableCursor:
     """An open Parquet or Arrow file, and the row at which it is read next."""
 
     def __init__(self, file: InputFile, place: str, names: list[str], first: int) -> None:
-        self._source = open_arrow(place)
+        self._source = open_input_arrow(place)
         self._names = names
         self._left: pa.Table | None = None
         if file.format == "parquet":

@@ -21,30 +21,30 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from gteopt.corpus.chunks import Span, chunk_tokens, spans
+from gteopt.corpus.chunks import Span, chunk_tokens, find_chunk_spans
 from gteopt.corpus.inputs import InputFile
 from gteopt.corpus.options import EmbedOptions
-from gteopt.corpus.rows import Columns, Reason, RowRange, RowReader, Rows
+from gteopt.corpus.rows import Reason, RowColumns, RowRange, RowReader, Rows
 from gteopt.corpus.shard_files import (
     DATA,
     DEAD,
     DeadLetter,
-    Decode,
+    DecodeRecord,
     ShardContent,
     ShardRecord,
     Stored,
     dead_letters_to_parquet,
-    done_footer,
+    read_done_footer,
     shard_name,
-    to_parquet,
+    shard_to_parquet,
 )
-from gteopt.corpus.storage import Folder
+from gteopt.corpus.storage import StorageFolder
 from gteopt.errors import IntegrityError, UnsupportedError, is_out_of_memory
 from gteopt.vectors.transform import VectorTransform
 
 if TYPE_CHECKING:
     from gteopt.encoder.encoder import Encoder
-    from gteopt.encoder.fetch import Fetch
+    from gteopt.encoder.fetch import HostFetch
 
 Floats = npt.NDArray[np.float32]
 AHEAD = 3
@@ -73,7 +73,7 @@ class EmbedTask:
     n_threads: int
     options: EmbedOptions
     stored: Stored
-    columns: Columns
+    columns: RowColumns
     files: Mapping[int, tuple[InputFile, str]]
     out: str
     fingerprint: str
@@ -118,7 +118,7 @@ class EmbedTask:
 
 
 @dataclass(frozen=True)
-class Done:
+class ShardDone:
     """A shard that is on disk.
 
     Attributes:
@@ -134,7 +134,7 @@ class Done:
     worker: str = "this process"
 
 
-class Stopped(Exception):
+class EncoderStopped(Exception):
     """Raised in the threads when the job ends early: unfinished shards are given up."""
 
 
@@ -176,9 +176,9 @@ class ShardEncoder:
         self._encoder = encoder
         self._tokenization = encoder.tokenization
         self._transform = stored_transform(encoder.vectors, task.stored)
-        self._decode = Decode.of(self._transform, task.stored)
+        self._decode = DecodeRecord.of(self._transform, task.stored)
         self._reader = RowReader(task.files, task.columns)
-        self._out = Folder(task.out)
+        self._out = StorageFolder(task.out)
         self._batch_size = task.options.batch_size
         self._chunk = (0, 0)
         options = task.options
@@ -205,7 +205,7 @@ class ShardEncoder:
             stage.shutdown(wait=True, cancel_futures=kind is not None)
         self._reader.close()
 
-    def submit(self, shard: RowRange) -> Future[Done]:
+    def submit(self, shard: RowRange) -> Future[ShardDone]:
         """Read, compute and write a shard.
 
         The future raises errors of files and of the model. A bad row never raises: it becomes a
@@ -229,7 +229,7 @@ class ShardEncoder:
         texts = [rows.texts[i] or "" for i in positions]
         chunks = [[(0, len(text))] for text in texts]
         if options.long.mode == "chunk":
-            chunks = spans(tokenization, texts, *self._chunk)
+            chunks = find_chunk_spans(tokenization, texts, *self._chunk)
             texts = [text[a:b] for text, parts in zip(texts, chunks, strict=True) for a, b in parts]
         tokens = tokenization.tokenize(texts, role=options.role, instruction=options.instruction)
         faults = dict(rows.faults)
@@ -252,7 +252,7 @@ class ShardEncoder:
         """Vectors [M, full_dims] and the operations that they took; NaN for a text without one."""
         lengths = [len(token_ids) for token_ids in read.tokens]
         out = np.empty((len(lengths), self._encoder.full_dims), np.float32)
-        waiting: tuple[list[int], Sequence[Sequence[int]], Fetch | None] | None = None
+        waiting: tuple[list[int], Sequence[Sequence[int]], HostFetch | None] | None = None
         # The next batch is started before the last one is fetched, so that a GPU is never idle.
         for positions, batch in self._tokenization.batches(
             read.tokens, self._task.options.batch_size
@@ -266,7 +266,7 @@ class ShardEncoder:
             out[waiting[0]] = self._fetched(*waiting[1:])
         return read, out, self._encoder.operations(lengths) if lengths else 0.0
 
-    def _started(self, batch: Sequence[Sequence[int]]) -> Fetch | None:
+    def _started(self, batch: Sequence[Sequence[int]]) -> HostFetch | None:
         """Start a batch; None if it is too large for the memory."""
         if len(batch) > self._batch_size:
             return None
@@ -277,7 +277,7 @@ class ShardEncoder:
                 raise
             return None
 
-    def _fetched(self, batch: Sequence[Sequence[int]], started: Fetch | None) -> Floats:
+    def _fetched(self, batch: Sequence[Sequence[int]], started: HostFetch | None) -> Floats:
         """Vectors of a batch; computed in halves if memory is short; NaN for a text without one."""
         try:
             vectors: Floats = (started or self._encoder.start(batch)).wait().numpy()
@@ -301,7 +301,7 @@ class ShardEncoder:
 
     # --------------------------------------------------------------------------- write
 
-    def _write(self, read: _Tokenized, vectors: Floats, operations: float) -> Done:
+    def _write(self, read: _Tokenized, vectors: Floats, operations: float) -> ShardDone:
         self._check_stop()
         shard, task = read.shard, self._task
         faults = dict(read.faults)
@@ -343,16 +343,16 @@ class ShardEncoder:
             self._out.write(f"{DEAD}/{name}", dead_letters_to_parquet(content.file, letters))
         elif task.again:
             self._out.remove(f"{DEAD}/{name}")
-        stored = to_parquet(content, record, self._decode, task.options.vector_type)
+        stored = shard_to_parquet(content, record, self._decode, task.options.vector_type)
         if task.again:
             self._out.write(f"{DATA}/{name}", stored)
         elif not self._out.create(f"{DATA}/{name}", stored):
-            earlier = done_footer(self._out, name, (task.fingerprint, record.file, shard))
+            earlier = read_done_footer(self._out, name, (task.fingerprint, record.file, shard))
             if earlier is None:  # the file there is cut short
                 self._out.write(f"{DATA}/{name}", stored)
             else:
                 record = earlier  # another worker was faster
-        return Done(name, record, operations, self._name)
+        return ShardDone(name, record, operations, self._name)
 
     def _content(
         self, read: _Tokenized, vectors: Floats, documents: npt.NDArray[np.int64]
@@ -386,7 +386,7 @@ class ShardEncoder:
 
     def _check_stop(self) -> None:
         if self._stop.is_set():
-            raise Stopped
+            raise EncoderStopped
 
 
 def _counted(faults: Mapping[int, tuple[Reason, str]]) -> dict[Reason, int]:

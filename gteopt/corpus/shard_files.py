@@ -26,7 +26,7 @@ from pydantic import Field
 from gteopt.config.recipe import VectorCode
 from gteopt.corpus.options import VectorType
 from gteopt.corpus.rows import Reason, RowRange
-from gteopt.corpus.storage import Folder
+from gteopt.corpus.storage import StorageFolder
 from gteopt.errors import IntegrityError
 from gteopt.frozen import Frozen
 from gteopt.records.manifest import Similarity
@@ -66,7 +66,7 @@ class TensorRecord(Frozen):
         return np.frombuffer(base64.b64decode(self.base64), kind).reshape(self.shape).copy()
 
 
-class Decode(Frozen):
+class DecodeRecord(Frozen):
     """Everything needed to decode stored vectors; `gteopt.vectors.codes` has the formulas.
 
     Attributes:
@@ -84,10 +84,10 @@ class Decode(Frozen):
     tensors: dict[str, TensorRecord] = Field(default_factory=dict)
 
     @staticmethod
-    def of(transform: VectorTransform, code: Stored) -> Decode:
+    def of(transform: VectorTransform, code: Stored) -> DecodeRecord:
         """Everything needed to decode the vectors of a transform."""
         fitted = transform.to_tensors()
-        return Decode(
+        return DecodeRecord(
             code=code,
             dims=transform.dims,
             similarity=transform.similarity,
@@ -179,7 +179,7 @@ class ShardContent:
         ids: [N].
         chunks: int32 [N, 3]; number, first character and last character + 1 of each chunk; None if
             texts are not cut into chunks.
-        vectors: [N, width], in the code that `Decode` names.
+        vectors: [N, width], in the code that `DecodeRecord` names.
         kept: copied columns, N rows.
     """
 
@@ -205,8 +205,8 @@ def shard_name(fingerprint: str, identity: str, shard: RowRange) -> str:
     return f"{shard.file:05d}-{shard.first:012d}-{digest}.parquet"
 
 
-def to_parquet(
-    content: ShardContent, record: ShardRecord, decode: Decode, vector_type: VectorType
+def shard_to_parquet(
+    content: ShardContent, record: ShardRecord, decode: DecodeRecord, vector_type: VectorType
 ) -> pa.Buffer:
     """The bytes of a shard's file.
 
@@ -280,7 +280,7 @@ def dead_letters_to_parquet(file: str, letters: Sequence[DeadLetter]) -> pa.Buff
     return sink.getvalue()
 
 
-def read_footer(folder: Folder, name: str) -> ShardRecord | None:
+def read_footer(folder: StorageFolder, name: str) -> ShardRecord | None:
     """Read the footer of a shard; None if the file is not a complete shard."""
     tail = folder.tail(f"{DATA}/{name}", _TAIL_BYTES)
     if not tail.endswith(b"PAR1"):
@@ -291,7 +291,7 @@ def read_footer(folder: Folder, name: str) -> ShardRecord | None:
     try:
         entry, _ = json.JSONDecoder().raw_decode(tail[start:].decode("latin-1"))
         # Without validation, because a large job reads 100,000 footers when it goes on, and
-        # `to_parquet` wrote each of them.
+        # `shard_to_parquet` wrote each of them.
         return ShardRecord.model_construct(**{k: v for k, v in entry.items() if k != "schema"})
     except ValueError:
         return None
@@ -301,7 +301,7 @@ Expected = tuple[str, str, RowRange]
 """What the footer of a shard must say: the job's fingerprint, the file's identity, the rows."""
 
 
-def done_footer(folder: Folder, name: str, expected: Expected) -> ShardRecord | None:
+def read_done_footer(folder: StorageFolder, name: str, expected: Expected) -> ShardRecord | None:
     """The footer of a shard; None if the shard is missing, incomplete or of another job."""
     try:
         record = read_footer(folder, name)
@@ -316,7 +316,9 @@ def _is_of(record: ShardRecord, expected: Expected) -> bool:
     return actual == (fingerprint, identity, shard.first, shard.n_rows)
 
 
-def finished(folder: Folder, expected: Mapping[str, Expected]) -> dict[str, ShardRecord]:
+def read_done_footers(
+    folder: StorageFolder, expected: Mapping[str, Expected]
+) -> dict[str, ShardRecord]:
     """Footers of the shards that are done, by name.
 
     Args:
@@ -336,7 +338,7 @@ def finished(folder: Folder, expected: Mapping[str, Expected]) -> dict[str, Shar
     return done
 
 
-def read_shard(folder: Folder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+def read_shard(folder: StorageFolder, name: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read the table of a shard, and verify the checksums of its pages.
 
     Raises:
@@ -357,7 +359,7 @@ def read_shard(folder: Folder, name: str, columns: Sequence[str] | None = None) 
         ) from error
 
 
-def vectors_of(table: pa.Table, decode: Decode) -> npt.NDArray[Any]:
+def read_shard_vectors(table: pa.Table, decode: DecodeRecord) -> npt.NDArray[Any]:
     """The stored vectors [N, width] of a table."""
     dtype, width = decode.dtype, decode.width
     column = table["vector"].combine_chunks()

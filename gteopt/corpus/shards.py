@@ -16,7 +16,7 @@ from gteopt.errors import UnsupportedError, is_out_of_memory
 from gteopt.progress import Progress
 
 if TYPE_CHECKING:
-    from gteopt.encoder.description import Description
+    from gteopt.encoder.description import EncoderDescription
     from gteopt.encoder.tokenization import Role
 
 Floats = npt.NDArray[np.float32]
@@ -34,7 +34,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Encodings:
+class ShardEncodings:
     """Counts of the texts whose vectors were asked for.
 
     Attributes:
@@ -47,15 +47,15 @@ class Encodings:
     n_encoded: int = 0
     n_cut: int = 0
 
-    def __add__(self, other: Encodings) -> Encodings:
-        return Encodings(
+    def __add__(self, other: ShardEncodings) -> ShardEncodings:
+        return ShardEncodings(
             self.n_asked + other.n_asked,
             self.n_encoded + other.n_encoded,
             self.n_cut + other.n_cut,
         )
 
-    def __sub__(self, other: Encodings) -> Encodings:
-        return self + Encodings(-other.n_asked, -other.n_encoded, -other.n_cut)
+    def __sub__(self, other: ShardEncodings) -> ShardEncodings:
+        return self + ShardEncodings(-other.n_asked, -other.n_encoded, -other.n_cut)
 
 
 class EncodeShards(Protocol):
@@ -67,7 +67,7 @@ class EncodeShards(Protocol):
         """Each shard and its vectors [N, full_dims]; `progress` counts the texts of all shards."""
 
     def changed(self, max_tokens: int, *, normalize: bool) -> EncodeShards:
-        """The same weights with another token limit or normalization; see `changed_encoder`."""
+        """The same weights with another token limit or normalization; see `change_encoder`."""
 
 
 @runtime_checkable
@@ -104,7 +104,10 @@ class LocalEncoding:
     """
 
     def __init__(
-        self, encoder: Description, batch_size: int, say: Callable[[str], None] = lambda _: None
+        self,
+        encoder: EncoderDescription,
+        batch_size: int,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         from gteopt.encoder.encoder import Encoder
 
@@ -131,9 +134,9 @@ class LocalEncoding:
 
     def changed(self, max_tokens: int, *, normalize: bool) -> LocalEncoding:
         """See `EncodeShards`."""
-        from gteopt.encoder.changed_encoder import changed_encoder
+        from gteopt.encoder.changed_encoder import change_encoder
 
-        encoder = changed_encoder(self._encoder, max_tokens, normalize=normalize)
+        encoder = change_encoder(self._encoder, max_tokens, normalize=normalize)
         return LocalEncoding(encoder, self._batch_size, self._say)
 
     def _encode(self, shard: Shard, progress: Progress) -> Floats:
@@ -169,7 +172,7 @@ class LocalEncoding:
             _free_device_memory()
 
 
-def cut(texts: Iterable[str], role: Role, instruction: str | None) -> list[Shard]:
+def cut_shards(texts: Iterable[str], role: Role, instruction: str | None) -> list[Shard]:
     """Cut texts into shards of at most `SHARD_TEXTS`, longest texts first.
 
     This order needs little padding, and memory peaks at the beginning.
@@ -181,7 +184,7 @@ def cut(texts: Iterable[str], role: Role, instruction: str | None) -> list[Shard
     ]
 
 
-def _sums_as_published(encoder: Description) -> bool:
+def _sums_as_published(encoder: EncoderDescription) -> bool:
     return str(encoder.dtype) == "torch.float32" and not encoder.checkpoint.is_quantized
 
 

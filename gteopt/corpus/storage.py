@@ -6,10 +6,10 @@ what the bytes mean.
 A local file is written into a temporary folder, synced and renamed. An object store shows an object
 only after its upload is complete, so one upload of the whole content is enough.
 
-`Folder.create` must not replace a file. Locally it makes a hard link, which fails if the name is
-taken. An object store is told to refuse (`If-None-Match: *`) if its library for fsspec (s3fs,
-gcsfs) is installed. Without it, gteopt first checks whether the file exists: if two writers do so
-at the same moment, both write, and the later file stays.
+`StorageFolder.create` must not replace a file. Locally it makes a hard link, which fails if the
+name is taken. An object store is told to refuse (`If-None-Match: *`) if its library for fsspec
+(s3fs, gcsfs) is installed. Without it, gteopt first checks whether the file exists: if two writers
+do so at the same moment, both write, and the later file stays.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def local_path(place: str) -> Path:
 
 
 @contextmanager
-def reaching(place: str) -> Iterator[None]:
+def translate_storage_errors(place: str) -> Iterator[None]:
     """Turn errors of a file system about `place` into an error for the user.
 
     Raises:
@@ -77,7 +77,7 @@ def open_file_system(place: str) -> tuple[Any, str]:
         return pafs.LocalFileSystem(), str(local_path(place))
     scheme, _, rest = place.partition("://")
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    with reaching(place):
+    with translate_storage_errors(place):
         if scheme == "s3" and endpoint and "endpoint_override" not in place:
             region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
             return pafs.S3FileSystem(endpoint_override=endpoint, region=region), rest
@@ -98,7 +98,7 @@ def _by_fsspec(place: str) -> tuple[Any, str]:
 
 
 @dataclass(frozen=True)
-class Entry:
+class StorageEntry:
     """A file of a folder.
 
     Attributes:
@@ -111,30 +111,30 @@ class Entry:
     version: str
 
 
-def list_files(system: Any, folder: str) -> list[Entry]:
+def list_stored_files(system: Any, folder: str) -> list[StorageEntry]:
     """Every file under a folder, sorted by path; an empty list if the folder does not exist."""
     selector = pafs.FileSelector(folder, recursive=True, allow_not_found=True)
     infos = system.get_file_info(selector)
     return sorted(
-        (entry_of(system, info) for info in infos if info.type == pafs.FileType.File),
+        (make_storage_entry(system, info) for info in infos if info.type == pafs.FileType.File),
         key=lambda entry: entry.path,
     )
 
 
-def entry_of(system: Any, info: Any) -> Entry:
+def make_storage_entry(system: Any, info: Any) -> StorageEntry:
     """The entry of a file from the `FileInfo` of its file system."""
     if info.mtime_ns is not None:
-        return Entry(info.path, info.size or 0, str(info.mtime_ns))
+        return StorageEntry(info.path, info.size or 0, str(info.mtime_ns))
     version = ""
     handler = getattr(system, "handler", None)
     if isinstance(handler, pafs.FSSpecHandler):
         details = handler.fs.info(info.path)
         keys = ("ETag", "etag", "blob_id", "sha256", "last_commit")
         version = str(next((details[key] for key in keys if details.get(key)), ""))
-    return Entry(info.path, info.size or 0, version)
+    return StorageEntry(info.path, info.size or 0, version)
 
 
-class Folder:
+class StorageFolder:
     """The folder that a job writes into.
 
     Attributes:
@@ -161,7 +161,10 @@ class Folder:
             OSError: the disk is full.
         """
         if self.local is None:
-            with reaching(self.place), self._system.open_output_stream(self._at(name)) as out:
+            with (
+                translate_storage_errors(self.place),
+                self._system.open_output_stream(self._at(name)) as out,
+            ):
                 out.write(content)
             return
         with self._beside(self.local, name, content) as partial:
@@ -178,7 +181,7 @@ class Folder:
             OSError: the disk is full.
         """
         if self.local is None:
-            with reaching(self.place):
+            with translate_storage_errors(self.place):
                 return self._create_object(name, content)
         with self._beside(self.local, name, content) as partial:
             try:
@@ -243,7 +246,7 @@ class Folder:
                 return (self.local / name).read_bytes()
             except FileNotFoundError:
                 return None
-        with reaching(self.place):
+        with translate_storage_errors(self.place):
             info = self._system.get_file_info(self._at(name))
             if info.type != pafs.FileType.File:
                 return None
@@ -253,7 +256,7 @@ class Folder:
 
     def open(self, name: str) -> Any:
         """Open a file for random access."""
-        with reaching(self.place):
+        with translate_storage_errors(self.place):
             return self._system.open_input_file(self._at(name))
 
     def tail(self, name: str, n_bytes: int) -> bytes:
@@ -284,8 +287,8 @@ class Folder:
             except FileNotFoundError:
                 return []
         at = self._at(under).rstrip("/")
-        with reaching(self.place):
-            return [entry.path[len(at) + 1 :] for entry in list_files(self._system, at)]
+        with translate_storage_errors(self.place):
+            return [entry.path[len(at) + 1 :] for entry in list_stored_files(self._system, at)]
 
     def remove(self, name: str) -> None:
         """Remove a file if it exists."""

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from gteopt.corpus.shard_encoder import Done
+from gteopt.corpus.shard_encoder import ShardDone
 from gteopt.frozen import Frozen
 
 
@@ -55,7 +55,7 @@ class Tally:
     workers: dict[str, WorkerShare] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
-    def add(self, done: Done) -> None:
+    def add(self, done: ShardDone) -> None:
         """Count a shard that is written."""
         self.n_done += done.record.n_rows
         self.n_texts += done.record.n_embedded

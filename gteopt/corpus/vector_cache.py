@@ -47,17 +47,17 @@ from safetensors.numpy import load, save
 
 from gteopt.corpus.shards import (
     EncodeShards,
-    Encodings,
     Floats,
     LocalEncoding,
+    ShardEncodings,
     _sums_as_published,
-    cut,
+    cut_shards,
 )
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 from gteopt.records.files import write_atomically
 
 if TYPE_CHECKING:
-    from gteopt.encoder.description import Description
+    from gteopt.encoder.description import EncoderDescription
     from gteopt.encoder.tokenization import Role
 
 Stored = npt.NDArray[Any]
@@ -88,7 +88,7 @@ class VectorCache:
 
     def __init__(
         self,
-        encoder: Description,
+        encoder: EncoderDescription,
         folder: Path,
         *,
         encode: EncodeShards | None = None,
@@ -110,7 +110,7 @@ class VectorCache:
         self.encoder = encoder
         self.identity = vector_identity(encoder, dtype)
         self.folder = folder / _short_hash(self.identity)
-        self.counts = Encodings()
+        self.counts = ShardEncodings()
         self.keeps_lengths = False
         self._encode = encode or LocalEncoding(encoder, 32, say)
         self._limit_bytes = limit_bytes
@@ -160,7 +160,7 @@ class VectorCache:
         texts: Sequence[str],
         role: Role,
         instruction: str | None,
-        progress: Progress = quiet,
+        progress: Progress = ignore_progress,
     ) -> Floats:
         """Vectors [N, full_dims], unit rows rounded as stored; encodes texts that are missing.
 
@@ -178,13 +178,15 @@ class VectorCache:
         self._look_for_new_shards()
         rows = self._read(wanted)
         missing = [text for digest, text in wanted.items() if digest not in rows]
-        self.counts += Encodings(len(wanted), len(missing), self._n_cut(wanted, role, instruction))
+        self.counts += ShardEncodings(
+            len(wanted), len(missing), self._n_cut(wanted, role, instruction)
+        )
         n_known = len(texts) - len(missing)
 
         def count(stage: str, done: int, total: int) -> None:
             progress(stage, n_known + done, len(texts))
 
-        for shard, vectors in self._encode(cut(missing, role, instruction), count):
+        for shard, vectors in self._encode(cut_shards(missing, role, instruction), count):
             keys = [_digest(prompt, text) for text in shard.texts]
             stored = self._rounded(vectors)
             self._write(keys, stored)
@@ -194,9 +196,9 @@ class VectorCache:
             return np.empty((0, self.encoder.full_dims), np.float32)
         return np.stack([rows[digest] for digest in digests]).astype(np.float32)
 
-    def count_cached(self, asked: Encodings) -> None:
+    def count_cached(self, asked: ShardEncodings) -> None:
         """Count texts that were asked for, but not read because their scores are known."""
-        self.counts += Encodings(asked.n_asked, 0, asked.n_cut)
+        self.counts += ShardEncodings(asked.n_asked, 0, asked.n_cut)
 
     def _n_cut(self, wanted: Mapping[bytes, str], role: Role, instruction: str | None) -> int:
         """How many of the texts are longer than the encoder takes, cached or not."""
@@ -378,7 +380,7 @@ class VectorCache:
         return total
 
 
-def vector_identity(encoder: Description, dtype: CacheDtype = "float16") -> dict[str, str]:
+def vector_identity(encoder: EncoderDescription, dtype: CacheDtype = "float16") -> dict[str, str]:
     """Everything that full-dimension vectors depend on besides their text."""
     return {
         "weights": encoder.checkpoint.weights_sha256,

@@ -11,14 +11,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow.parquet as pq
 
-from gteopt.corpus.chunks import chunk_tokens, spans
-from gteopt.corpus.jobs import Job
+from gteopt.corpus.chunks import chunk_tokens, find_chunk_spans
+from gteopt.corpus.jobs import EmbedJob
 from gteopt.corpus.rows import RowReader
 from gteopt.corpus.shard_encoder import stored_transform
-from gteopt.corpus.shard_files import DEAD, ShardContent, finished, read_shard, vectors_of
+from gteopt.corpus.shard_files import (
+    DEAD,
+    ShardContent,
+    read_done_footers,
+    read_shard,
+    read_shard_vectors,
+)
 from gteopt.errors import IntegrityError, join_problems
 from gteopt.frozen import Frozen
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 
 if TYPE_CHECKING:
     from gteopt.encoder.encoder import Encoder
@@ -30,7 +36,7 @@ _MIN_COSINE_OF_FEW_BITS = 0.9
 because bfloat16 rounds differently in another batch."""
 
 
-class Verified(Frozen):
+class VerifiedCounts(Frozen):
     """Counts of a folder without a problem.
 
     Attributes:
@@ -47,14 +53,16 @@ class Verified(Frozen):
     min_cosine: float | None
 
 
-def verify(job: Job, encoder: Encoder, *, seed: int = 0, progress: Progress = quiet) -> Verified:
+def verify_shards(
+    job: EmbedJob, encoder: Encoder, *, seed: int = 0, progress: Progress = ignore_progress
+) -> VerifiedCounts:
     """Read every shard, count the rows of every file, and embed 64 random rows again.
 
     Raises:
         IntegrityError: lists every missing or damaged shard, every file whose rows do not add up,
             and every row whose new vector differs from the stored one.
     """
-    done = finished(job.folder, job.plan.expected())
+    done = read_done_footers(job.folder, job.plan.expected())
     problems = [f"{name} is missing or incomplete" for name in job.plan.shards if name not in done]
     rows: dict[int, int] = {}
     n_vectors = n_bad = 0
@@ -90,7 +98,7 @@ def verify(job: Job, encoder: Encoder, *, seed: int = 0, progress: Progress = qu
     ]
     if problems:
         raise IntegrityError(join_problems(f"{job.folder} fails verification", problems))
-    return Verified(
+    return VerifiedCounts(
         n_shards=len(done),
         n_rows=sum(rows.values()),
         n_vectors=n_vectors,
@@ -100,9 +108,9 @@ def verify(job: Job, encoder: Encoder, *, seed: int = 0, progress: Progress = qu
     )
 
 
-def _counted(job: Job, name: str, sha256: str) -> Mapping[str, int]:
+def _counted(job: EmbedJob, name: str, sha256: str) -> Mapping[str, int]:
     table = read_shard(job.folder, name)
-    vectors = vectors_of(table, job.record.decode)
+    vectors = read_shard_vectors(table, job.record.decode)
     rows = table["row"].to_numpy()
     content = ShardContent("", rows, table["id"].to_pylist(), None, vectors, table)
     if content.sha256() != sha256:
@@ -114,7 +122,7 @@ def _counted(job: Job, name: str, sha256: str) -> Mapping[str, int]:
     return {"embedded": len(np.unique(rows)), "vectors": len(rows), "bad": n_bad}
 
 
-def _cosines_again(job: Job, encoder: Encoder, seed: int) -> dict[str, float]:
+def _cosines_again(job: EmbedJob, encoder: Encoder, seed: int) -> dict[str, float]:
     """Embed random rows again; gives the cosine of each new vector with the stored one."""
     task, options = job.task, job.task.options
     random = np.random.default_rng(seed)
@@ -147,7 +155,7 @@ def _cosines_again(job: Job, encoder: Encoder, seed: int) -> dict[str, float]:
             [vectors[b - len(p) : b].mean(axis=0) for p, b in zip(parts, ends_of, strict=True)]
         )
         now = transform.dequantize(transform.quantize(transform.project(pooled)))
-        stored = vectors_of(table, job.record.decode)[picked]
+        stored = read_shard_vectors(table, job.record.decode)[picked]
         if job.record.decode.code == "float16":
             stored = stored.astype(np.float32)
         then = transform.dequantize(np.ascontiguousarray(stored))
@@ -159,7 +167,7 @@ def _cosines_again(job: Job, encoder: Encoder, seed: int) -> dict[str, float]:
     return cosines
 
 
-def _parts(job: Job, encoder: Encoder, texts: list[str]) -> list[list[str]]:
+def _parts(job: EmbedJob, encoder: Encoder, texts: list[str]) -> list[list[str]]:
     """The chunks of each text whose vectors are pooled; without pooling, the whole text."""
     options = job.task.options
     if options.pool == "none":
@@ -171,5 +179,5 @@ def _parts(job: Job, encoder: Encoder, texts: list[str]) -> list[list[str]]:
         options.long.tokens,
         options.long.overlap,
     )
-    chunks = spans(encoder.tokenization, texts, *sizes)
+    chunks = find_chunk_spans(encoder.tokenization, texts, *sizes)
     return [[text[a:b] for a, b in parts] for text, parts in zip(texts, chunks, strict=True)]

@@ -31,11 +31,11 @@ import numpy.typing as npt
 
 from gteopt.corpus.shards import LocalEncoding, Shard
 from gteopt.errors import RESUMES, GteoptError, IntegrityError, UnsupportedError
-from gteopt.machine import gpu_name, machine, versions
+from gteopt.machine import describe_machine, gpu_name, read_library_versions
 from gteopt.progress import Progress
 
 if TYPE_CHECKING:
-    from gteopt.encoder.description import Backend, Description
+    from gteopt.encoder.description import Backend, EncoderDescription
 
 Floats = npt.NDArray[np.float32]
 
@@ -46,7 +46,7 @@ _PATIENCE_S = 600.0  # how long a shard waits for a worker when none is left
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """What a worker has to load, and the conditions for vectors with the same bits.
 
     Attributes:
@@ -77,7 +77,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Answer:
+class WorkerAnswer:
     """The part of an answer besides the result: notes, and an error in place of the result."""
 
     error: GteoptError | None = None
@@ -85,7 +85,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Encoded(Answer):
+class EncodedShard(WorkerAnswer):
     """The answer for a shard; exactly one of `vectors` and `error` is not None."""
 
     vectors: Floats | None = None
@@ -97,10 +97,10 @@ class WorkerLost(Exception):
 
 _Job = TypeVar("_Job")
 _Item = TypeVar("_Item")
-_Answer = TypeVar("_Answer", bound=Answer)
+_Answer = TypeVar("_Answer", bound=WorkerAnswer)
 _JobIn = TypeVar("_JobIn", contravariant=True)
 _ItemIn = TypeVar("_ItemIn", contravariant=True)
-_AnswerOut = TypeVar("_AnswerOut", bound=Answer, covariant=True)
+_AnswerOut = TypeVar("_AnswerOut", bound=WorkerAnswer, covariant=True)
 
 
 class Worker(Protocol[_JobIn, _ItemIn, _AnswerOut]):
@@ -262,22 +262,22 @@ class WorkerPool(Generic[_Job, _Item, _Answer]):
         threading.Thread(target=open_, daemon=True).start()
 
 
-class Workers(WorkerPool[Job, Shard, Encoded]):
+class ScoreWorkers(WorkerPool[WorkerJob, Shard, EncodedShard]):
     """Workers that encode texts for scores; see `WorkerPool`."""
 
     def encoding(
         self,
-        encoder: Description,
+        encoder: EncoderDescription,
         source: str,
         *,
         hub_dir: Path | None,
         batch_size: int = 32,
         say: Callable[[str], None] = lambda _: None,
-    ) -> ShardsElsewhere:
+    ) -> WorkerEncoding:
         """An `EncodeShards` on these workers, for the `encoder` that comes from `source`."""
         import torch
 
-        job = Job(
+        job = WorkerJob(
             source=source,
             hub_dir=None if hub_dir is None else str(hub_dir.absolute()),
             device=self.device,
@@ -286,21 +286,21 @@ class Workers(WorkerPool[Job, Shard, Encoded]):
             batch_size=batch_size,
             sha256=encoder.sha256,
             n_threads=torch.get_num_threads(),
-            versions=tuple(versions().items()),
-            cpu=machine().cpu,
+            versions=tuple(read_library_versions().items()),
+            cpu=describe_machine().cpu,
             gpu=encoder.gpu,
         )
-        return ShardsElsewhere(self, job, say)
+        return WorkerEncoding(self, job, say)
 
 
-class ShardsElsewhere:
+class WorkerEncoding:
     """Encodes shards on all workers at once; see `EncodeShards`.
 
     For each worker, a few expected shards are encoded before they are asked for. So no worker waits
     while a request ends or a task is scored.
     """
 
-    def __init__(self, workers: Workers, job: Job, say: Callable[[str], None]) -> None:
+    def __init__(self, workers: ScoreWorkers, job: WorkerJob, say: Callable[[str], None]) -> None:
         """Nothing is encoded yet.
 
         Args:
@@ -312,7 +312,7 @@ class ShardsElsewhere:
         self._job = job
         self._say = say
         self._expected: dict[Shard, None] = {}
-        self._started: dict[Shard, Future[Encoded]] = {}
+        self._started: dict[Shard, Future[EncodedShard]] = {}
         self._start_next: Callable[[], None] | None = None
 
     def __call__(
@@ -321,7 +321,7 @@ class ShardsElsewhere:
         """Each shard with its vectors [N, full_dims], in the order in which shards get ready.
 
         Raises:
-            GteoptError: what a worker or `Workers.encode` raised.
+            GteoptError: what a worker or `ScoreWorkers.encode` raised.
         """
         n_texts, n_done = sum(len(shard.texts) for shard in shards), 0
         for shard in shards:
@@ -342,10 +342,10 @@ class ShardsElsewhere:
             n_done += len(shard.texts)
             progress(f"encoding on {self._workers}", n_done, n_texts)
 
-    def changed(self, max_tokens: int, *, normalize: bool) -> ShardsElsewhere:
+    def changed(self, max_tokens: int, *, normalize: bool) -> WorkerEncoding:
         """See `EncodeShards`; on the same workers, which keep their model."""
         job = replace(self._job, max_tokens=max_tokens, normalize=normalize)
-        return ShardsElsewhere(self._workers, job, self._say)
+        return WorkerEncoding(self._workers, job, self._say)
 
     def expect(self, shards: Sequence[Shard]) -> None:
         """Announce shards that will be asked for, after those that are announced already."""
@@ -381,14 +381,16 @@ class ShardsElsewhere:
         self._started[shard] = self._workers.submit(self._job, shard)
 
 
-def local_workers(devices: Sequence[str]) -> Workers:
+def start_local_workers(devices: Sequence[str]) -> ScoreWorkers:
     """One process for each device of this machine; `parse_devices` gives the devices."""
     openers = [
         lambda name=name, number=number: _Process(f"{number} on {name}", name)
         for number, name in enumerate(devices)
     ]
     kind = devices[0].partition(":")[0]
-    return Workers(openers, device=kind, where=f"{len(devices)} processes ({','.join(devices)})")
+    return ScoreWorkers(
+        openers, device=kind, where=f"{len(devices)} processes ({','.join(devices)})"
+    )
 
 
 class _Process:
@@ -404,10 +406,10 @@ class _Process:
         self.process.start()
         theirs.close()
 
-    def encode(self, job: Job, shard: Shard) -> Encoded:
+    def encode(self, job: WorkerJob, shard: Shard) -> EncodedShard:
         try:
             self._connection.send((job, self._device, shard))
-            encoded: Encoded = self._connection.recv()
+            encoded: EncodedShard = self._connection.recv()
         except (EOFError, OSError) as error:
             self.process.join(10)
             code = self.process.exitcode
@@ -441,9 +443,9 @@ class _LoadedModel:
 
     usual: LocalEncoding
     notes: list[str]
-    changed: dict[Job, LocalEncoding]
+    changed: dict[WorkerJob, LocalEncoding]
 
-    def encoding(self, job: Job) -> LocalEncoding:
+    def encoding(self, job: WorkerJob) -> LocalEncoding:
         if job.max_tokens is None:
             return self.usual
         if job not in self.changed:
@@ -451,11 +453,11 @@ class _LoadedModel:
         return self.changed[job]
 
 
-_LOADED: dict[tuple[Job, str], _LoadedModel] = {}
+_LOADED: dict[tuple[WorkerJob, str], _LoadedModel] = {}
 """The one model that a worker process has loaded; empty in every other process."""
 
 
-def _encode(job: Job, device: str, shard: Shard) -> Encoded:
+def _encode(job: WorkerJob, device: str, shard: Shard) -> EncodedShard:
     try:
         usual = replace(job, max_tokens=None, normalize=True)
         if (usual, device) not in _LOADED:
@@ -466,13 +468,13 @@ def _encode(job: Job, device: str, shard: Shard) -> Encoded:
         ((_, vectors),) = encode([shard], lambda stage, done, total: None)
         notes = tuple(model.notes)
         model.notes.clear()
-        return Encoded(vectors=vectors, notes=notes)
+        return EncodedShard(vectors=vectors, notes=notes)
     except GteoptError as error:
-        return Encoded(error=error)
+        return EncodedShard(error=error)
     except Exception as error:
         # An uncaught exception would end the process and be reported as out of memory.
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return Encoded(
+        return EncodedShard(
             error=UnsupportedError(
                 f"a worker on {device} failed with {job.source}: {type(error).__name__}: {error} "
                 f"({Path(where.filename).name}:{where.lineno})"
@@ -480,15 +482,17 @@ def _encode(job: Job, device: str, shard: Shard) -> Encoded:
         )
 
 
-def _load(job: Job, device: str) -> _LoadedModel:
+def _load(job: WorkerJob, device: str) -> _LoadedModel:
     import torch
 
     from gteopt.encoder.loading import load
 
     notes: list[str] = []
-    here = machine()
-    if tuple(versions().items()) != job.versions:
-        differing = [f"{k} {v}" for k, v in versions().items() if (k, v) not in job.versions]
+    here = describe_machine()
+    if tuple(read_library_versions().items()) != job.versions:
+        differing = [
+            f"{k} {v}" for k, v in read_library_versions().items() if (k, v) not in job.versions
+        ]
         raise UnsupportedError(
             f"a worker has other versions of the libraries than this process "
             f"({', '.join(differing)}), so its vectors would differ; install the same versions on "

@@ -9,14 +9,16 @@ from copy import copy
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gteopt.encoder.description import Description
+    from gteopt.encoder.description import EncoderDescription
 
 
 _NORMALIZING = frozenset({"Normalized", "Normalize"})
 """Classes that scale vectors to unit length, in gteopt and in Sentence Transformers."""
 
 
-def changed_encoder(encoder: Description, max_tokens: int, *, normalize: bool) -> Description:
+def change_encoder(
+    encoder: EncoderDescription, max_tokens: int, *, normalize: bool
+) -> EncoderDescription:
     """A copy that shares the weights, but may cut texts earlier or not scale to unit length.
 
     Args:
@@ -25,7 +27,7 @@ def changed_encoder(encoder: Description, max_tokens: int, *, normalize: bool) -
         normalize: False removes the modules that scale vectors to unit length.
     """
     from gteopt.encoder.encoder import Encoder
-    from gteopt.encoder.pooling import Head
+    from gteopt.encoder.pooling import PoolingHead
 
     changed = copy(encoder)
     changed.tokenization = copy(encoder.tokenization)
@@ -34,6 +36,8 @@ def changed_encoder(encoder: Description, max_tokens: int, *, normalize: bool) -
         head = changed.head
         kept = [part for part in head.final_modules if type(part).__name__ not in _NORMALIZING]
         pooling_modules = list(head.pooling_modules)
-        changed.head = Head(head.pooling, kept, pooling_modules=pooling_modules, latent=head.latent)
+        changed.head = PoolingHead(
+            head.pooling, kept, pooling_modules=pooling_modules, latent=head.latent
+        )
         changed.cuda_graphs = None  # recordings contain the unchanged head
     return changed

@@ -1,6 +1,7 @@
 """Describes an encoder without reading its weights.
 
-Caches and reports use a `Description` as their key. A process whose workers encode needs no more.
+Caches and reports use an `EncoderDescription` as their key. A process whose workers encode needs no
+more.
 Hides: which device and dtype a name means. Refuses to know: weights, how vectors are computed.
 """
 
@@ -16,16 +17,16 @@ import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from gteopt.encoder.fastest_backend import Taken, fastest_backend
+from gteopt.encoder.fastest_backend import BackendChoice, fastest_backend
 from gteopt.encoder.tokenization import Tokenization
-from gteopt.errors import InputError, UnsupportedError, suggest
-from gteopt.kernels import arithmetic
-from gteopt.kernels.measured import DETERMINISTIC, Ways
+from gteopt.errors import InputError, UnsupportedError, suggest_names
+from gteopt.kernels import arithmetic_name
+from gteopt.kernels.measured import DETERMINISTIC, KernelWays
 from gteopt.machine import gpu_name
 from gteopt.model.checkpoint import VECTORS_FILE, Checkpoint, open_checkpoint
 from gteopt.model.foreign import foreign_errors
 from gteopt.records.manifest import Manifest, Similarity
-from gteopt.vectors.transform import VectorTransform, identity
+from gteopt.vectors.transform import VectorTransform, identity_transform
 
 Backend = Literal["torch", "openvino"]
 AskedBackend = Literal["auto", "torch", "openvino"]
@@ -34,7 +35,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torc
 
 
 @dataclass(frozen=True)
-class Runtime:
+class EncoderRuntime:
     """Where and how token vectors are computed.
 
     Attributes:
@@ -48,7 +49,7 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     backend: Backend = "torch"
-    ways: Ways = DETERMINISTIC
+    ways: KernelWays = DETERMINISTIC
     backend_reason: str | None = None
 
 
@@ -71,7 +72,7 @@ class RuntimeOptions:
     cuda_graphs: bool = False
 
 
-class Description:
+class EncoderDescription:
     """What is known of an encoder without its weights.
 
     Attributes:
@@ -82,12 +83,15 @@ class Description:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, runtime: Runtime, vectors: VectorTransform | None = None
+        self,
+        checkpoint: Checkpoint,
+        runtime: EncoderRuntime,
+        vectors: VectorTransform | None = None,
     ) -> None:
         """Load the tokenizer, and the vector ranges of an artifact unless `vectors` is given."""
         self.checkpoint = checkpoint
         self.runtime = runtime
-        self.vectors = load_vectors(checkpoint) if vectors is None else vectors
+        self.vectors = load_vector_transform(checkpoint) if vectors is None else vectors
         self.tokenization = Tokenization(checkpoint)
 
     @property
@@ -148,8 +152,8 @@ class Description:
     def arithmetic(self) -> str:
         """The libraries and instructions that affect rounding, besides weights and dtype."""
         if self.backend == "openvino":
-            return f"openvino {version('openvino')}, {arithmetic(self.device)}"
-        return arithmetic(self.device, self.runtime.ways)
+            return f"openvino {version('openvino')}, {arithmetic_name(self.device)}"
+        return arithmetic_name(self.device, self.runtime.ways)
 
     @property
     def gpu(self) -> str | None:
@@ -157,7 +161,7 @@ class Description:
         return gpu_name(str(self.device))
 
 
-def describe(
+def describe_encoder(
     source: str | Path,
     *,
     device: str,
@@ -165,7 +169,7 @@ def describe(
     backend: AskedBackend = "torch",
     hub_dir: Path | None = None,
     revision: str | None = None,
-) -> Description:
+) -> EncoderDescription:
     """Describe a base or an artifact for a process whose workers encode.
 
     Args:
@@ -180,25 +184,27 @@ def describe(
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
     """
     checkpoint = open_checkpoint(source, hub_dir=hub_dir, revision=revision)
-    kind, where = parse_dtype(dtype_of(checkpoint, dtype)), torch.device(device)
-    taken = fastest_backend(checkpoint, where, kind) if backend == "auto" else Taken(backend)
-    runtime = Runtime(where, kind, taken.backend, backend_reason=taken.reason)
-    return Description(checkpoint, runtime)
+    kind, where = parse_dtype(resolve_dtype(checkpoint, dtype)), torch.device(device)
+    taken = (
+        fastest_backend(checkpoint, where, kind) if backend == "auto" else BackendChoice(backend)
+    )
+    runtime = EncoderRuntime(where, kind, taken.backend, backend_reason=taken.reason)
+    return EncoderDescription(checkpoint, runtime)
 
 
-def taken_backend(checkpoint: Checkpoint, options: RuntimeOptions) -> Taken:
+def resolve_backend(checkpoint: Checkpoint, options: RuntimeOptions) -> BackendChoice:
     """The backend that options name; for "auto", the fastest with their device and dtype.
 
     Raises:
         InputError, UnsupportedError: see `pick_device`, `parse_dtype` and `fastest_backend`.
     """
     if options.backend != "auto":
-        return Taken(options.backend)
-    kind = parse_dtype(dtype_of(checkpoint, options.dtype))
+        return BackendChoice(options.backend)
+    kind = parse_dtype(resolve_dtype(checkpoint, options.dtype))
     return fastest_backend(checkpoint, pick_device(options.device), kind, options.kernels)
 
 
-def dtype_of(checkpoint: Checkpoint, dtype: str) -> str:
+def resolve_dtype(checkpoint: Checkpoint, dtype: str) -> str:
     """The name itself; "auto" is the dtype of the base that an artifact was built from."""
     if dtype != "auto":
         return dtype
@@ -227,7 +233,7 @@ def parse_dtype(name: str) -> torch.dtype:
             "dtype float16 is refused: activations of gte-Qwen2 overflow in it; use bfloat16"
         )
     if name not in _DTYPES:
-        raise InputError(f"unknown dtype '{name}': {suggest(name, _DTYPES)}")
+        raise InputError(f"unknown dtype '{name}': {suggest_names(name, _DTYPES)}")
     return _DTYPES[name]
 
 
@@ -251,11 +257,13 @@ def pick_device(name: str) -> torch.device:
     raise InputError(f"unknown device '{name}': use auto, cpu, cuda or cuda:N")
 
 
-def load_vectors(checkpoint: Checkpoint) -> VectorTransform:
+def load_vector_transform(checkpoint: Checkpoint) -> VectorTransform:
     """The vector transform of a checkpoint, with the ranges that an artifact stores."""
     if checkpoint.manifest is None:
         similarity: Similarity = "cosine" if checkpoint.unit_vectors else "dot"
-        return identity(checkpoint.dims, kept=checkpoint.truncate_dim, similarity=similarity)
+        return identity_transform(
+            checkpoint.dims, kept=checkpoint.truncate_dim, similarity=similarity
+        )
     path = checkpoint.folder / VECTORS_FILE
     tensors: dict[str, NDArray[Any]] = {}
     if path.is_file():

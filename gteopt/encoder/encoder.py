@@ -20,22 +20,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gteopt.encoder.cuda_graphs import CudaGraphs
-from gteopt.encoder.description import Description
-from gteopt.encoder.fetch import Fetch
+from gteopt.encoder.description import EncoderDescription
+from gteopt.encoder.fetch import HostFetch
 from gteopt.encoder.forward import (
     BetweenBlocks,
-    operations,
+    copy_to_device,
+    count_forward_operations,
     padded_forward,
     reads_one_token,
-    to_device,
     unpadded_forward,
 )
 from gteopt.encoder.openvino import OpenVinoModel
-from gteopt.encoder.pooling import Head
+from gteopt.encoder.pooling import PoolingHead
 from gteopt.encoder.sentence_interface import SentenceInterface
 from gteopt.encoder.tokenization import Role, Tokens
 from gteopt.errors import InputError, NumericsError
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 
 Padding = Literal["left", "right"]
 _ALONE_TOKENS = 2048
@@ -66,7 +66,7 @@ class Encoder(SentenceInterface):
         module: the transformer: token ids in, token vectors out. It has no weights if the backend
             is not torch.
         head: turns token vectors into an embedding.
-        streams: whether some weights stay in their files until `fill_` reads them.
+        streams: whether some weights stay in their files until `load_weights_` reads them.
         cuda_graphs: recordings of the forward pass of one short text. None without a GPU, if none
             were requested, or if `gteopt.encoder.forward` lacks the architecture. Code that
             changes `module` must set it to None.
@@ -76,9 +76,9 @@ class Encoder(SentenceInterface):
 
     def __init__(
         self,
-        description: Description,
+        description: EncoderDescription,
         module: nn.Module,
-        head: Head,
+        head: PoolingHead,
         *,
         openvino_model: OpenVinoModel | None = None,
         streams: bool = False,
@@ -160,7 +160,7 @@ class Encoder(SentenceInterface):
     def operations(self, lengths: Sequence[int]) -> float:
         """Floating-point operations for texts of these lengths in tokens, without padding.
 
-        See `gteopt.encoder.forward.operations`.
+        See `gteopt.encoder.forward.count_forward_operations`.
         """
         config = self.checkpoint.config
         if self._openvino_model is None:
@@ -168,7 +168,7 @@ class Encoder(SentenceInterface):
             one_token = is_unpadded and reads_one_token(config, self.checkpoint.pooling)
         else:
             one_token = self._openvino_model.pools
-        return operations(self.module, config, lengths, one_token=one_token)
+        return count_forward_operations(self.module, config, lengths, one_token=one_token)
 
     @property
     def kernels(self) -> dict[str, int]:
@@ -207,14 +207,16 @@ class Encoder(SentenceInterface):
             ids[row, start : start + len(text_ids)] = text_ids
             mask[row, start : start + len(text_ids)] = 1
         device = self.device
-        return to_device(torch.from_numpy(ids), device), to_device(torch.from_numpy(mask), device)
+        return copy_to_device(torch.from_numpy(ids), device), copy_to_device(
+            torch.from_numpy(mask), device
+        )
 
     def pool_mask(self, tokens: Sequence[Sequence[int]], mask: Tensor) -> Tensor:
         """The attention mask [N, T] without the prompt tokens that pooling leaves out."""
         prompts = [getattr(ids, "n_prompt", 0) for ids in tokens]
         if not any(prompts):
             return mask
-        skip = to_device(torch.tensor(prompts), mask.device)
+        skip = copy_to_device(torch.tensor(prompts), mask.device)
         return mask.masked_fill(mask.cumsum(1) <= skip[:, None], 0)
 
     def pooled(self, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -274,9 +276,9 @@ class Encoder(SentenceInterface):
                 hidden = self.module(input_ids=ids, attention_mask=mask).last_hidden_state
             return self.pooled(hidden, self.pool_mask(tokens, mask))
 
-    def start(self, tokens: Sequence[Sequence[int]], *, unpadded: bool = True) -> Fetch:
+    def start(self, tokens: Sequence[Sequence[int]], *, unpadded: bool = True) -> HostFetch:
         """Begin `forward` of one batch, and on a GPU the copy of its vectors to the host."""
-        return Fetch(self.forward(tokens, unpadded=unpadded))
+        return HostFetch(self.forward(tokens, unpadded=unpadded))
 
     def embed_tokens(
         self,
@@ -311,7 +313,7 @@ class Encoder(SentenceInterface):
         prompt: str | None = None,
         batch_size: int = 32,
         unpadded: bool = True,
-        progress: Progress = quiet,
+        progress: Progress = ignore_progress,
     ) -> NDArray[np.float32]:
         """Vectors [N, full_dims] float32 in the order of the texts, before they are shortened.
 
@@ -337,9 +339,9 @@ class Encoder(SentenceInterface):
         )
         out = np.empty((len(texts), self.full_dims), dtype=np.float32)
         done = 0
-        waiting: tuple[list[int], Sequence[Sequence[int]], Fetch] | None = None
+        waiting: tuple[list[int], Sequence[Sequence[int]], HostFetch] | None = None
 
-        def keep(positions: list[int], batch: Sequence[Sequence[int]], fetch: Fetch) -> None:
+        def keep(positions: list[int], batch: Sequence[Sequence[int]], fetch: HostFetch) -> None:
             nonlocal done
             out[positions] = self._to_numpy(fetch.wait(), batch, [texts[i] for i in positions])
             done += len(batch)

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 from gteopt.config.engines import Engine, engines_of
 from gteopt.config.recipe import FormatName, LayerScheme, Recipe
-from gteopt.encoder.openvino import can_hold
-from gteopt.encoder.skeleton import whole_config
+from gteopt.encoder.openvino import openvino_can_hold
+from gteopt.encoder.skeleton import build_whole_config
 from gteopt.model.checkpoint import Checkpoint
 
 
@@ -33,7 +33,8 @@ def engines_of_variant(
         recipe,
         format,
         architecture=str(checkpoint.artifact_config["model_type"]),
-        openvino=not checkpoint.is_table and can_hold(whole_config(checkpoint), schemes),
+        openvino=not checkpoint.is_table
+        and openvino_can_hold(build_whole_config(checkpoint), schemes),
     )
 
 

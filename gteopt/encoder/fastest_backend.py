@@ -24,22 +24,22 @@ from torch import Tensor, nn
 
 from gteopt.config.recipe import LayerScheme
 from gteopt.encoder.forward import unpadded_forward
-from gteopt.encoder.openvino import OpenVinoModel, Weights, can_hold
-from gteopt.encoder.packed_weights import put_, quantized_layers
-from gteopt.encoder.skeleton import build_skeleton, whole_config
+from gteopt.encoder.openvino import OpenVinoModel, OpenVinoWeights, openvino_can_hold
+from gteopt.encoder.packed_weights import list_quantized_layers, put_submodule_
+from gteopt.encoder.skeleton import build_skeleton, build_whole_config
 from gteopt.errors import UnsupportedError
 from gteopt.formats.packed import ReadLayer
 from gteopt.kernels import make_linear, speed_up_linears_
 from gteopt.kernels.measured import (
-    Comparison,
-    Layer,
+    KernelComparison,
+    KernelWays,
     LayerTimes,
-    Ways,
-    compared,
-    microseconds,
-    ways_for,
+    MeasuredLayer,
+    choose_kernel_ways,
+    kernel_microseconds,
+    measured_times,
 )
-from gteopt.machine import give_back, machine
+from gteopt.machine import describe_machine, release_freed_memory
 from gteopt.model.checkpoint import Checkpoint
 from gteopt.version import __version__
 
@@ -65,7 +65,7 @@ _Tokens = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Taken:
+class BackendChoice:
     """A backend, and why it was chosen; the reason is None if the user named the backend."""
 
     backend: Backend
@@ -79,7 +79,7 @@ def fastest_backend(
     kernels: str = "deterministic",
     *,
     folder: Path | None = None,
-) -> Taken:
+) -> BackendChoice:
     """The backend that computes a model fastest on this machine.
 
     One choice holds for short texts and batches, because a text's vector must not depend on its
@@ -94,31 +94,31 @@ def fastest_backend(
         folder: where times are stored; None uses the Hub client's folder for assets.
 
     Raises:
-        InputError: see `ways_for`.
+        InputError: see `choose_kernel_ways`.
         IntegrityError, UnsupportedError: see `build_skeleton`.
     """
     if (obstacle := _obstacle(checkpoint, device, dtype)) is not None:
-        return Taken("torch", obstacle)
-    ways = ways_for(quantized_layers(checkpoint), dtype, kernels, folder=folder)
+        return BackendChoice("torch", obstacle)
+    ways = choose_kernel_ways(list_quantized_layers(checkpoint), dtype, kernels, folder=folder)
     blocks = _Blocks.of(checkpoint, dtype, ways)
-    comparison = Comparison(frozenset((_TORCH, _OPENVINO)), blocks.measure)
+    comparison = KernelComparison(frozenset((_TORCH, _OPENVINO)), blocks.measure)
     try:
-        times = compared({blocks.key: comparison}, folder)[blocks.key]
+        times = measured_times({blocks.key: comparison}, folder)[blocks.key]
     except UnsupportedError as error:
-        return Taken("torch", str(error))
+        return BackendChoice("torch", str(error))
     finally:
-        give_back()
+        release_freed_memory()
     return choose_backend(times)
 
 
-def choose_backend(times: LayerTimes) -> Taken:
+def choose_backend(times: LayerTimes) -> BackendChoice:
     """The faster backend, by the times of a short text and of a batch."""
     few, many = (each[_OPENVINO] / each[_TORCH] for each in (times.few, times.many))
     reason = (
         f"OpenVINO takes {few:.2f} of torch's time for a text of {_FEW} tokens, and {many:.2f} for "
         f"texts of {_MANY}"
     )
-    return Taken("openvino" if few * many * _CLEARLY**2 < 1 else "torch", reason)
+    return BackendChoice("openvino" if few * many * _CLEARLY**2 < 1 else "torch", reason)
 
 
 def _obstacle(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -133,9 +133,9 @@ def _obstacle(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
     if manifest is None and checkpoint.is_quantized:
         return "layers that another library quantized are not measured"
     schemes = [layer.scheme for layer in manifest.layers] if manifest is not None else []
-    if checkpoint.is_table or not can_hold(whole_config(checkpoint), schemes):
+    if checkpoint.is_table or not openvino_can_hold(build_whole_config(checkpoint), schemes):
         return "OpenVINO has no operations for this architecture, or for one of its layers"
-    if 2 * checkpoint.stored_bytes > _MEMORY_SHARE * machine().memory_bytes:
+    if 2 * checkpoint.stored_bytes > _MEMORY_SHARE * describe_machine().memory_bytes:
         return "OpenVINO holds weights twice, for which this machine has too little memory"
     return None
 
@@ -156,12 +156,12 @@ class _Blocks:
     schemes: Mapping[str, LayerScheme]
     n_weights: int
     dtype: torch.dtype
-    ways: Ways
+    ways: KernelWays
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype, ways: Ways) -> _Blocks:
+    def of(cls, checkpoint: Checkpoint, dtype: torch.dtype, ways: KernelWays) -> _Blocks:
         """The blocks that stand for a model."""
-        depth = int(whole_config(checkpoint)["num_hidden_layers"])
+        depth = int(build_whole_config(checkpoint)["num_hidden_layers"])
         one = _n_weights(build_skeleton(_shallow(checkpoint, 1, depth)))
         n = max(1, min(depth, _WEIGHTS // one))
         shallow = _shallow(checkpoint, n, depth)
@@ -174,7 +174,7 @@ class _Blocks:
     @property
     def key(self) -> str:
         """Everything that the times depend on, except for processor, threads and torch."""
-        config = whole_config(self.checkpoint)
+        config = build_whole_config(self.checkpoint)
         facts = {
             "config": {name: config.get(name) for name in _SHAPE},
             "schemes": {name: each.model_dump() for name, each in self.schemes.items()},
@@ -199,7 +199,7 @@ class _Blocks:
         found: dict[str, tuple[float, float]] = {}
         for name, make in ((_TORCH, self._by_torch), (_OPENVINO, self._by_openvino)):
             call = make()
-            found[name] = microseconds(call, few), microseconds(call, many)
+            found[name] = kernel_microseconds(call, few), kernel_microseconds(call, many)
         return LayerTimes(
             few={name: few for name, (few, _) in found.items()},
             many={name: many for name, (_, many) in found.items()},
@@ -213,7 +213,7 @@ class _Blocks:
             linear = make_linear(
                 layer.random(), bias, device=_CPU, dtype=self.dtype, ways=self.ways
             )
-            put_(module, name, linear)
+            put_submodule_(module, name, linear)
         module.load_state_dict(plain, strict=False, assign=True)
         module.eval().requires_grad_(False)
         speed_up_linears_(module, _CPU)
@@ -227,8 +227,8 @@ class _Blocks:
         plain = _random_tensors(skeleton, self.schemes, self.dtype)
         packed = {n: ReadLayer(each.random()) for n, each in self._layers(skeleton).items()}
         try:
-            config = whole_config(self.checkpoint)
-            model = OpenVinoModel(config, Weights(plain, packed), dtype=self.dtype)
+            config = build_whole_config(self.checkpoint)
+            model = OpenVinoModel(config, OpenVinoWeights(plain, packed), dtype=self.dtype)
             model(*_padded([[1]]))
         except (RuntimeError, AttributeError, ImportError) as error:
             # A version of the library that lacks an operation; it has no type of its own for that.
@@ -236,10 +236,10 @@ class _Blocks:
             raise UnsupportedError(f"OpenVINO cannot compute it here: {said[0]}") from error
         return lambda tokens: model(*_padded(tokens))
 
-    def _layers(self, skeleton: nn.Module) -> dict[str, Layer]:
+    def _layers(self, skeleton: nn.Module) -> dict[str, MeasuredLayer]:
         linears = _linears(skeleton)
         return {
-            name: Layer(scheme, linears[name].out_features, linears[name].in_features)
+            name: MeasuredLayer(scheme, linears[name].out_features, linears[name].in_features)
             for name, scheme in self.schemes.items()
         }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Fetch:
+class HostFetch:
     """A copy to the host, queued on the device right after the computation of a tensor.
 
     A plain copy is queued only when its result is needed. The next batch is queued by then, so the

@@ -95,10 +95,10 @@ def padded_forward(config: Mapping[str, Any], pooling: Pooling) -> PaddedForward
 
 def _forward_of(config: Mapping[str, Any]) -> _Forward | None:
     kind = str(config.get("model_type"))
-    return _FORWARDS[kind] if kind in _FORWARDS and has_known_settings(config) else None
+    return _FORWARDS[kind] if kind in _FORWARDS and has_known_forward_settings(config) else None
 
 
-def to_device(x: Tensor, device: torch.device) -> Tensor:
+def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
     """A host tensor on a device; a GPU copies it from pinned memory without blocking the host."""
     if device.type != "cuda":
         return x.to(device)
@@ -114,7 +114,7 @@ def reads_one_token(config: Mapping[str, Any], pooling: Pooling) -> bool:
     return pooling == "lasttoken" or (pooling == "cls" and not causal)
 
 
-def operations(
+def count_forward_operations(
     module: nn.Module, config: Mapping[str, Any], lengths: Sequence[int], *, one_token: bool
 ) -> float:
     """Floating-point operations of the blocks for texts of these lengths.
@@ -149,7 +149,7 @@ def operations(
     return total
 
 
-def has_known_settings(config: Mapping[str, Any]) -> bool:
+def has_known_forward_settings(config: Mapping[str, Any]) -> bool:
     """Whether every setting that would change the computation has the value implemented here."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     layers = set(config.get("layer_types") or ())
@@ -206,7 +206,7 @@ class _Layout:
         flat = torch.tensor(list(chain.from_iterable(tokens)), dtype=torch.int64)
         positions = torch.cat([torch.arange(length) for length in lengths])
         # One transfer for all four.
-        joined = to_device(torch.cat([flat, positions, ends, stops]), device)
+        joined = copy_to_device(torch.cat([flat, positions, ends, stops]), device)
         sizes = [len(flat), len(flat), len(lengths), len(lengths)]
         ids, positions, ends, stops = joined.split(sizes)  # type: ignore[no-untyped-call]
         return _Layout(ids, positions, ends, F.pad(stops, (1, 0)).int(), runs)
@@ -402,7 +402,7 @@ def _apply_normed(norm: Any, layers: Sequence[nn.Module], x: Tensor) -> list[Ten
     """Outputs of several linear layers of RMSNorm(x); a GPU norms and rounds in one kernel."""
     alike, on_gpu = _alike(layers), _on_gpu(x)
     if alike is not None and on_gpu is not None:
-        before = on_gpu.Before(norm=norm.weight, epsilon=norm.variance_epsilon)
+        before = on_gpu.FusedStep(norm=norm.weight, epsilon=norm.variance_epsilon)
         codes = alike[0].quantize(x, before)
         return [layer.multiply(codes, x.dtype) for layer in alike]
     return _apply(layers, _rms_norm(norm, x))
@@ -481,7 +481,7 @@ def _gated_mlp(block: Any, act: Callable[[Tensor], Tensor], x: Tensor) -> Tensor
     if on_gpu is None:
         y: Tensor = x + down(act(gate).mul_(up))
     elif _alike([down]) is not None:
-        y = x + down.multiply(down.quantize(gate, on_gpu.Before(up=up)), x.dtype)
+        y = x + down.multiply(down.quantize(gate, on_gpu.FusedStep(up=up)), x.dtype)
     else:
         y = x + down(on_gpu.gate_(gate, up))
     return y

@@ -16,38 +16,38 @@ from torch import Tensor, nn
 
 from gteopt.encoder.description import (
     AskedBackend,
-    Description,
-    Runtime,
+    EncoderDescription,
+    EncoderRuntime,
     RuntimeOptions,
     device_name,
     dtype_name,
-    dtype_of,
     parse_dtype,
     pick_device,
-    taken_backend,
+    resolve_backend,
+    resolve_dtype,
 )
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.openvino import OpenVinoModel, Weights
-from gteopt.encoder.packed_weights import load_packed, quantized_layers, read_packed
-from gteopt.encoder.pooling import Head, LatentAttention, Normalized
+from gteopt.encoder.openvino import OpenVinoModel, OpenVinoWeights
+from gteopt.encoder.packed_weights import list_quantized_layers, load_packed, read_packed
+from gteopt.encoder.pooling import LatentAttention, Normalized, PoolingHead
 from gteopt.encoder.skeleton import (
     attention_implementation,
+    build_hf_config,
     build_skeleton,
-    check_unexpected,
+    build_whole_config,
+    check_unexpected_tensors,
     drop_pooler_,
-    hf_config,
-    missing_tensors,
-    model_class,
-    stored_names,
-    tie_,
-    tied_names,
-    whole_config,
+    explain_missing_tensors,
+    find_model_class,
+    find_stored_names,
+    find_tied_names,
+    tie_parameters_,
 )
-from gteopt.errors import InputError, NumericsError, UnsupportedError, suggest
+from gteopt.errors import InputError, NumericsError, UnsupportedError, suggest_names
 from gteopt.kernels import speed_up_linears_
-from gteopt.kernels.measured import DETERMINISTIC, ways_for
-from gteopt.machine import give_back
-from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint, opening
+from gteopt.kernels.measured import DETERMINISTIC, choose_kernel_ways
+from gteopt.machine import release_freed_memory
+from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint, opening_checkpoint
 from gteopt.model.foreign import foreign_errors
 from gteopt.model.st_files import STATIC
 
@@ -99,7 +99,9 @@ def load(
         >>> encoder.encode(["a text", "another"]).shape
         (2, 256)
     """
-    with opening(source, hub_dir=hub_dir, revision=revision, family=family) as checkpoint:
+    with opening_checkpoint(
+        source, hub_dir=hub_dir, revision=revision, family=family
+    ) as checkpoint:
         options = RuntimeOptions(
             device_name(device), dtype_name(dtype), backend, kernels, cuda_graphs
         )
@@ -121,33 +123,34 @@ def load_checkpoint(
         checkpoint: a base or an artifact.
         options: where and how the encoder computes.
         later: a submodule of a base (its list of blocks) whose weights stay in their files until
-            `fill_` reads them. If the files name weights differently from the architecture,
+            `load_weights_` reads them. If the files name weights differently from the architecture,
             everything is read at once.
 
     Raises:
         InputError: the backend or kernel is unknown.
         UnsupportedError: the backend cannot compute this model, or not on this device.
     """
-    taken = taken_backend(checkpoint, options)
+    taken = resolve_backend(checkpoint, options)
     backend = taken.backend
     device = (
         _openvino_device(options.device) if backend == "openvino" else pick_device(options.device)
     )
-    dtype = parse_dtype(dtype_of(checkpoint, options.dtype))
+    dtype = parse_dtype(resolve_dtype(checkpoint, options.dtype))
     openvino_model, streams, ways = None, False, DETERMINISTIC
     if backend == "openvino":
         module = build_skeleton(checkpoint)
-        weights = openvino_weights(checkpoint, module, dtype)
-        config = whole_config(checkpoint)
+        weights = load_openvino_weights(checkpoint, module, dtype)
+        config = build_whole_config(checkpoint)
         openvino_model = OpenVinoModel(config, weights, dtype=dtype, reads=checkpoint.pooling)
-        give_back()
+        release_freed_memory()
     elif backend != "torch":
         raise InputError(
-            f"unknown backend '{backend}': {suggest(str(backend), ['auto', 'torch', 'openvino'])}"
+            f"unknown backend '{backend}': "
+            f"{suggest_names(str(backend), ['auto', 'torch', 'openvino'])}"
         )
     elif checkpoint.is_quantized:
         if device.type == "cpu":
-            ways = ways_for(quantized_layers(checkpoint), dtype, options.kernels)
+            ways = choose_kernel_ways(list_quantized_layers(checkpoint), dtype, options.kernels)
         # Another library may have written the files, so config.json and tensors may not fit.
         with foreign_errors(checkpoint.folder, "loading the quantized weights"):
             module = load_packed(checkpoint, device, dtype, ways)
@@ -157,7 +160,7 @@ def load_checkpoint(
     if openvino_model is None:
         speed_up_linears_(module, device)
     return Encoder(
-        Description(checkpoint, Runtime(device, dtype, backend, ways, taken.reason)),
+        EncoderDescription(checkpoint, EncoderRuntime(device, dtype, backend, ways, taken.reason)),
         module,
         _load_head(checkpoint, device, dtype),
         openvino_model=openvino_model,
@@ -183,7 +186,7 @@ def _copy_tensors_(module: nn.Module) -> None:
                 setattr(part, name, copied(value))
 
 
-def fill_(encoder: Encoder, name: str, dtype: torch.dtype | None = None) -> None:
+def load_weights_(encoder: Encoder, name: str, dtype: torch.dtype | None = None) -> None:
     """Read the weights of the submodule `name` that were left in their files.
 
     Args:
@@ -194,7 +197,7 @@ def fill_(encoder: Encoder, name: str, dtype: torch.dtype | None = None) -> None
     part = encoder.module.get_submodule(name)
     dtype = dtype or encoder.dtype
     short_names = {f"{name}.{short}": short for short, p in part.named_parameters() if p.is_meta}
-    stored = stored_names(encoder.checkpoint, encoder.module, short_names)
+    stored = find_stored_names(encoder.checkpoint, encoder.module, short_names)
     tensors = {short: p.to(dtype) for short, p in part.named_parameters() if not p.is_meta}
     tensors |= _read(
         encoder.checkpoint,
@@ -207,7 +210,7 @@ def fill_(encoder: Encoder, name: str, dtype: torch.dtype | None = None) -> None
     part.requires_grad_(False)
 
 
-def empty_(encoder: Encoder, name: str) -> None:
+def unload_weights_(encoder: Encoder, name: str) -> None:
     """Free the memory of the submodule `name`; shapes stay, packed layers are removed."""
     part = encoder.module.get_submodule(name)
     for parent in list(part.modules()):
@@ -233,8 +236,8 @@ def _load_unquantized(
 
 def _load_plain(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The transformer as the library transformers loads it, with its rules for names."""
-    config = hf_config(checkpoint)
-    architecture = model_class(checkpoint, config)
+    config = build_hf_config(checkpoint)
+    architecture = find_model_class(checkpoint, config)
     with foreign_errors(checkpoint.folder, "loading the weights"):
         module, info = architecture.from_pretrained(
             checkpoint.folder,
@@ -249,13 +252,13 @@ def _load_plain(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     # No embedding needs the pooler head. Any other missing weight would be random numbers.
     missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
     if missing:
-        raise missing_tensors(checkpoint, missing)
+        raise explain_missing_tensors(checkpoint, missing)
     prefix = f"{module.base_model_prefix}."
-    check_unexpected(
+    check_unexpected_tensors(
         checkpoint, module, [name.removeprefix(prefix) for name in info["unexpected_keys"]]
     )
     if info.get("mismatched_keys"):
-        raise missing_tensors(checkpoint, [str(key) for key, *_ in info["mismatched_keys"]])
+        raise explain_missing_tensors(checkpoint, [str(key) for key, *_ in info["mismatched_keys"]])
     loaded: nn.Module = module.to(device)
     return loaded
 
@@ -266,25 +269,25 @@ def _load_frame(
     """The transformer without the weights of `later`; None if the files use other names."""
     module = build_skeleton(checkpoint)
     names = [name for name, _ in module.named_parameters()]
-    stored = stored_names(checkpoint, module, names)
+    stored = find_stored_names(checkpoint, module, names)
     if lacking := [name for name in names if name not in stored]:
         if not drop_pooler_(module, lacking):
             if checkpoint.prefix:
-                raise missing_tensors(checkpoint, lacking)
+                raise explain_missing_tensors(checkpoint, lacking)
             return None
         names = list(stored)
     prefix = f"{checkpoint.prefix}{getattr(module, 'base_model_prefix', '')}."
     unused = set(checkpoint.tensors) - set(stored.values())
-    check_unexpected(checkpoint, module, [name.removeprefix(prefix) for name in unused])
+    check_unexpected_tensors(checkpoint, module, [name.removeprefix(prefix) for name in unused])
     postponed = f"{later}." if later is not None else None
     now = {stored[n]: n for n in names if postponed is None or not n.startswith(postponed)}
     tensors = _read(checkpoint, now, device, dtype)
     if later is not None:  # a build: bad weights must not reach an artifact
         _check_finite(checkpoint, tensors)
-    ties = tied_names(module)
+    ties = find_tied_names(module)
     with foreign_errors(checkpoint.folder, "loading the weights"):
         module.load_state_dict(tensors, strict=False, assign=True)
-    tie_(module, ties)
+    tie_parameters_(module, ties)
     if any(parameter.is_meta for name, parameter in module.named_parameters() if name in tensors):
         return None
     for name, buffer in module.named_buffers():
@@ -352,7 +355,9 @@ class _Once(dict[str, _Held]):
         return self.pop(name, default)
 
 
-def openvino_weights(checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.dtype) -> Weights:
+def load_openvino_weights(
+    checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.dtype
+) -> OpenVinoWeights:
     """The weights of a checkpoint's OpenVINO model; `skeleton` comes from `build_skeleton`.
 
     A weight is freed when the OpenVINO model has its copy. Packed layers are read one by one, and
@@ -361,17 +366,17 @@ def openvino_weights(checkpoint: Checkpoint, skeleton: nn.Module, dtype: torch.d
     cpu = torch.device("cpu")
     if not checkpoint.is_quantized:
         module, _ = _load_unquantized(checkpoint, cpu, dtype)
-        return Weights(_Once(module.state_dict()))
+        return OpenVinoWeights(_Once(module.state_dict()))
     stored = read_packed(checkpoint, skeleton, cpu, dtype)
     biases = {f"{name}.bias": bias.to(dtype) for name, bias in stored.biases.items()}
-    return Weights(
+    return OpenVinoWeights(
         plain=_Once({**stored.plain, **biases}),
         packed=stored.layers,
         table=None if stored.table is None else stored.table[1],
     )
 
 
-def latent_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
+def load_latent_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tensor]:
     """Tensors of the latent-attention pooling by their published names, in `dtype`."""
     latent_file = checkpoint.folder / LATENT_FILE
     files = [latent_file] if latent_file.is_file() else checkpoint.weight_files
@@ -385,15 +390,19 @@ def latent_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Tens
     return tensors
 
 
-def _load_head(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Head:
+def _load_head(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> PoolingHead:
     latent = None
     if checkpoint.latent is not None:
         try:
-            latent = LatentAttention(checkpoint.latent, latent_tensors(checkpoint, dtype))
+            latent = LatentAttention(checkpoint.latent, load_latent_tensors(checkpoint, dtype))
         except KeyError as error:
-            raise missing_tensors(checkpoint, [f"{LATENT_PREFIX}{error.args[0]}"]) from error
+            raise explain_missing_tensors(
+                checkpoint, [f"{LATENT_PREFIX}{error.args[0]}"]
+            ) from error
     pooling_modules, final_modules = _load_modules(checkpoint)
-    head = Head(checkpoint.pooling, final_modules, pooling_modules=pooling_modules, latent=latent)
+    head = PoolingHead(
+        checkpoint.pooling, final_modules, pooling_modules=pooling_modules, latent=latent
+    )
     return head.to(device).eval().requires_grad_(False)
 
 
@@ -410,7 +419,7 @@ def _load_modules(checkpoint: Checkpoint) -> tuple[list[nn.Module], list[nn.Modu
     before: list[nn.Module] = []
     after: list[nn.Module] = []
     for i, entry in enumerate(checkpoint.modules):
-        is_replaced = i == last and checkpoint.pooling != "modules"  # by `pool`
+        is_replaced = i == last and checkpoint.pooling != "modules"  # by `pool_token_vectors`
         if entry.kind in ("Transformer", STATIC) or is_replaced:
             continue
         folder = checkpoint.folder / entry.path

@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gteopt.config.recipe import LayerScheme
-from gteopt.encoder.forward import has_known_settings, reads_one_token
+from gteopt.encoder.forward import has_known_forward_settings, reads_one_token
 from gteopt.errors import UnsupportedError
 from gteopt.formats.packed import ReadLayer
 from gteopt.kernels.cpu import activation_bits, multiplies_bfloat16, signed_codes
 from gteopt.model.families import Pooling
 from gteopt.quant.affine import PackedWeight
-from gteopt.quant.grid import middle
+from gteopt.quant.grid import symmetric_zero_point
 from gteopt.quant.packing import pack_codes, unpack_codes
 from gteopt.quant.static_activations import InputGrid
 
@@ -43,7 +43,7 @@ Node = Any
 
 
 @dataclass(frozen=True)
-class Weights:
+class OpenVinoWeights:
     """The weights of an OpenVINO model, by the names of the bare transformer.
 
     Attributes:
@@ -72,7 +72,7 @@ class OpenVinoModel:
     def __init__(
         self,
         config: Mapping[str, Any],
-        weights: Weights,
+        weights: OpenVinoWeights,
         *,
         dtype: torch.dtype,
         reads: Pooling = "mean",
@@ -125,7 +125,7 @@ class OpenVinoModel:
         return torch.from_numpy(np.array(outputs[0], dtype=np.float32))
 
 
-def save_openvino_model(config: Mapping[str, Any], weights: Weights, folder: Path) -> None:
+def save_openvino_model(config: Mapping[str, Any], weights: OpenVinoWeights, folder: Path) -> None:
     """Write `openvino/openvino_model.xml` and `.bin` into a Sentence Transformers folder.
 
     The folder then opens with `backend="openvino"`. Static activations are rounded on every
@@ -145,12 +145,12 @@ def save_openvino_model(config: Mapping[str, Any], weights: Weights, folder: Pat
     del builder  # the model reads its arrays until here
 
 
-def can_hold(config: Mapping[str, Any], schemes: Iterable[LayerScheme]) -> bool:
+def openvino_can_hold(config: Mapping[str, Any], schemes: Iterable[LayerScheme]) -> bool:
     """Whether OpenVINO supports a transformer with this config.json and these layers."""
     return _architecture_problem(config) is None and not any(map(_unknown_weights, schemes))
 
 
-def refuse_unknown(config: Mapping[str, Any]) -> None:
+def refuse_unknown_openvino(config: Mapping[str, Any]) -> None:
     """Refuse an architecture by its config.json alone, before anything is built or loaded.
 
     Raises:
@@ -169,7 +169,7 @@ def _unknown_architecture(config: Mapping[str, Any]) -> str | None:
 
 def _architecture_problem(config: Mapping[str, Any]) -> str | None:
     kind, known = str(config.get("model_type")), ", ".join(_ARCHITECTURES)
-    if (problem := _unknown_architecture(config)) is not None or has_known_settings(config):
+    if (problem := _unknown_architecture(config)) is not None or has_known_forward_settings(config):
         return problem
     return (
         f"backend openvino supports {known} models with their usual settings, and this {kind} "
@@ -185,7 +185,7 @@ def _unknown_weights(scheme: LayerScheme) -> str | None:
 
 
 def _model(
-    config: Mapping[str, Any], weights: Weights, *, static: bool, reads: Pooling = "mean"
+    config: Mapping[str, Any], weights: OpenVinoWeights, *, static: bool, reads: Pooling = "mean"
 ) -> tuple[Any, _Builder]:
     library, kind = _library(), str(config.get("model_type"))
     if problem := _architecture_problem(config):
@@ -215,7 +215,7 @@ def _library() -> Any:
 class _Builder:
     """Makes OpenVINO operations on named weights; `static` rounds the inputs of static layers."""
 
-    def __init__(self, weights: Weights, *, static: bool) -> None:
+    def __init__(self, weights: OpenVinoWeights, *, static: bool) -> None:
         from openvino import opset15
 
         self.op: Any = opset15
@@ -375,7 +375,9 @@ class _Builder:
             values = self.wide(self.constant(grouped, f"i{bits}", flip))
         else:
             if zeros is None:
-                zeros = torch.full((outputs, n_groups), middle(scheme), dtype=torch.uint8)
+                zeros = torch.full(
+                    (outputs, n_groups), symmetric_zero_point(scheme), dtype=torch.uint8
+                )
             else:
                 zeros = unpack_codes(zeros, scheme.bits, n_groups)
             stored = pack_codes(zeros.reshape(outputs * n_groups), bits)

@@ -14,14 +14,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from gteopt.encoder.skeleton import bare_names, build_skeleton, drop_pooler_, tie_, tied_names
+from gteopt.encoder.skeleton import (
+    build_skeleton,
+    drop_pooler_,
+    find_tied_names,
+    map_bare_names,
+    tie_parameters_,
+)
 from gteopt.errors import IntegrityError
 from gteopt.formats import format_of
-from gteopt.formats.packed import ReadLayer, Shape
+from gteopt.formats.packed import LinearShape, ReadLayer
 from gteopt.kernels import make_linear
-from gteopt.kernels.measured import DETERMINISTIC, Layer, Ways
+from gteopt.kernels.measured import DETERMINISTIC, KernelWays, MeasuredLayer
 from gteopt.kernels.reference import PackedEmbedding
-from gteopt.machine import give_back
+from gteopt.machine import release_freed_memory
 from gteopt.model.checkpoint import Checkpoint
 from gteopt.quant.affine import PackedWeight
 
@@ -61,7 +67,7 @@ def read_packed(
     for path in checkpoint.weight_files:
         with safe_open(path, framework="pt") as handle:
             files |= {name: (path, name) for name in handle.keys()}  # noqa: SIM118 - no mapping
-    files = bare_names(files, module)
+    files = map_bare_names(files, module)
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         by_file: dict[Path, list[str]] = {}
@@ -120,7 +126,7 @@ class _Layers(Mapping[str, ReadLayer]):
         if self._config is not None:
             layer_names = format_of(self._config).layers_in(names)
         self._tensors_of: dict[str, list[str]] = {name: [] for name in layer_names}
-        self._shapes: dict[str, Shape] = {}
+        self._shapes: dict[str, LinearShape] = {}
         for name in layer_names:
             linear = modules.get(name)
             if not isinstance(linear, nn.Linear):
@@ -128,7 +134,7 @@ class _Layers(Mapping[str, ReadLayer]):
                     f"{checkpoint.folder}: the quantized layer {name} is no linear layer of the "
                     f"architecture; config.json belongs to another model"
                 )
-            self._shapes[name] = Shape(linear.out_features, linear.in_features)
+            self._shapes[name] = LinearShape(linear.out_features, linear.in_features)
         for name in names:
             parts = name.split(".")  # the name of a layer's tensor may contain a dot
             for n in range(1, len(parts)):
@@ -155,18 +161,20 @@ class _Layers(Mapping[str, ReadLayer]):
         return len(self._tensors_of)
 
 
-def quantized_layers(checkpoint: Checkpoint) -> list[Layer]:
+def list_quantized_layers(checkpoint: Checkpoint) -> list[MeasuredLayer]:
     """Scheme and size of an artifact's quantized layers; empty for other libraries' checkpoints."""
     manifest = checkpoint.manifest
     records = manifest.layers if manifest is not None else ()
-    return [Layer(record.scheme, record.out_features, record.in_features) for record in records]
+    return [
+        MeasuredLayer(record.scheme, record.out_features, record.in_features) for record in records
+    ]
 
 
 def load_packed(
     checkpoint: Checkpoint,
     device: torch.device,
     dtype: torch.dtype,
-    ways: Ways = DETERMINISTIC,
+    ways: KernelWays = DETERMINISTIC,
 ) -> nn.Module:
     """The transformer with its packed layers, which multiply in the given ways."""
     module = build_skeleton(checkpoint)
@@ -175,16 +183,16 @@ def load_packed(
         swap_embedding_(module, *stored.table, device, dtype)
     bytes_since_trim = 0
     for name, layer, n_bytes in _build_layers(stored, device, dtype, ways):
-        put_(module, name, layer)
+        put_submodule_(module, name, layer)
         bytes_since_trim += n_bytes
         if bytes_since_trim > _TRIM_BYTES:
-            give_back()
+            release_freed_memory()
             bytes_since_trim = 0
-    give_back()
+    release_freed_memory()
     plain = stored.plain
-    ties = tied_names(module)
+    ties = find_tied_names(module)
     unexpected = module.load_state_dict(plain, strict=False, assign=True).unexpected_keys
-    tie_(module, ties)
+    tie_parameters_(module, ties)
     buffers = {name for name, _ in module.named_buffers()}
     unexpected = [name for name in unexpected if name not in buffers]
     missing = [name for name, p in module.named_parameters() if p.is_meta]
@@ -200,7 +208,7 @@ def load_packed(
 
 
 def _build_layers(
-    stored: StoredWeights, device: torch.device, dtype: torch.dtype, ways: Ways
+    stored: StoredWeights, device: torch.device, dtype: torch.dtype, ways: KernelWays
 ) -> Iterator[tuple[str, nn.Module, int]]:
     """Name, layer and packed bytes on disk of each quantized layer.
 
@@ -224,7 +232,7 @@ def swap_embedding_(
     module: nn.Module, name: str, table: PackedWeight, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Replace the embedding `name` inside `module` with its packed form."""
-    put_(module, name, PackedEmbedding(table, dtype).to(device))
+    put_submodule_(module, name, PackedEmbedding(table, dtype).to(device))
 
 
 def swap_linear_(
@@ -236,10 +244,10 @@ def swap_linear_(
     dtype: torch.dtype,
 ) -> None:
     """Replace the linear layer `name` inside `module` with its packed form; see `make_linear`."""
-    put_(module, name, make_linear(packed, bias, device=device, dtype=dtype))
+    put_submodule_(module, name, make_linear(packed, bias, device=device, dtype=dtype))
 
 
-def put_(module: nn.Module, name: str, part: nn.Module) -> None:
+def put_submodule_(module: nn.Module, name: str, part: nn.Module) -> None:
     """Replace the submodule `name` of `module`."""
     parent, _, leaf = name.rpartition(".")
     if not hasattr(part, "weight"):

@@ -18,7 +18,7 @@ _CHUNK_TOKENS = 1024
 """Tokens whose queries exist at once; 8 heads of 4096 dimensions take 32,768 numbers a token."""
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+def pool_token_vectors(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """One vector a text, [N, D], from token vectors [N, T, D] and their mask [N, T]."""
     if pooling == "cls":
         return hidden[:, 0]
@@ -31,7 +31,7 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), last]
 
 
-class Head(nn.Module):
+class PoolingHead(nn.Module):
     """Turns token vectors [N, T, D] into embeddings [N, full_dims] float32.
 
     Attributes:
@@ -62,7 +62,7 @@ class Head(nn.Module):
             hidden = self.latent(hidden)
         hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
         if self.pooling != "modules":
-            return self.finish(pool(hidden, mask, self.pooling))
+            return self.finish(pool_token_vectors(hidden, mask, self.pooling))
         features = {"token_embeddings": hidden, "attention_mask": mask}
         for module in self.pooling_modules:
             features = module(features)

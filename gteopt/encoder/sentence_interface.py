@@ -15,10 +15,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from gteopt.encoder.description import Description
+from gteopt.encoder.description import EncoderDescription
 from gteopt.encoder.tokenization import Role
-from gteopt.errors import InputError, suggest
-from gteopt.progress import Progress, quiet
+from gteopt.errors import InputError, suggest_names
+from gteopt.progress import Progress, ignore_progress
 from gteopt.records.manifest import Similarity
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
@@ -26,7 +26,7 @@ _PRECISIONS = ("float32", "int8", "uint8", "binary", "ubinary")
 Vectors = NDArray[Any] | Tensor | list[Tensor]
 
 
-class EncodeOptions(TypedDict, total=False):
+class SentenceOptions(TypedDict, total=False):
     """Options of `SentenceInterface.encode` apart from the texts and the kind of array."""
 
     prompt_name: str | None
@@ -41,7 +41,7 @@ class EncodeOptions(TypedDict, total=False):
     progress: Progress
 
 
-class SentenceInterface(Description):
+class SentenceInterface(EncoderDescription):
     """Sentence Transformers' methods, computed by the `embed` of the subclass.
 
     Attributes:
@@ -57,7 +57,7 @@ class SentenceInterface(Description):
         *,
         convert_to_tensor: Literal[False] = ...,
         convert_to_numpy: Literal[True] = ...,
-        **options: Unpack[EncodeOptions],
+        **options: Unpack[SentenceOptions],
     ) -> NDArray[Any]: ...
 
     @overload
@@ -67,7 +67,7 @@ class SentenceInterface(Description):
         *,
         convert_to_tensor: Literal[True],
         convert_to_numpy: bool = ...,
-        **options: Unpack[EncodeOptions],
+        **options: Unpack[SentenceOptions],
     ) -> Tensor: ...
 
     @overload
@@ -77,7 +77,7 @@ class SentenceInterface(Description):
         *,
         convert_to_tensor: bool = ...,
         convert_to_numpy: bool = ...,
-        **options: Unpack[EncodeOptions],
+        **options: Unpack[SentenceOptions],
     ) -> Vectors: ...
 
     def encode(
@@ -95,7 +95,7 @@ class SentenceInterface(Description):
         truncate_dim: int | None = None,
         role: Role | None = None,
         instruction: str | None = None,
-        progress: Progress = quiet,
+        progress: Progress = ignore_progress,
     ) -> Vectors:
         """Vectors [N, dims] in the order of the texts, or [dims] of one string.
 
@@ -126,7 +126,7 @@ class SentenceInterface(Description):
         text_list = [str(texts)] if is_single else _listed(texts)
         if precision not in _PRECISIONS:
             raise InputError(
-                f"unknown precision '{precision}': {suggest(str(precision), _PRECISIONS)}"
+                f"unknown precision '{precision}': {suggest_names(str(precision), _PRECISIONS)}"
             )
         role = "query" if role is None and instruction is not None else role
         if role is None or prompt is not None or prompt_name is not None:
@@ -226,7 +226,7 @@ class SentenceInterface(Description):
             return settings.prompts.get(settings.default_prompt_name or "") or ""
         if name not in self.prompts:
             raise InputError(
-                f"{self.name} has no prompt '{name}': {suggest(name, list(self.prompts))}"
+                f"{self.name} has no prompt '{name}': {suggest_names(name, list(self.prompts))}"
             )
         return self.prompts[name]
 

@@ -15,7 +15,7 @@ from gteopt.encoder.static_table import StaticTable
 from gteopt.encoder.tokenization import import_transformers
 from gteopt.errors import IntegrityError, UnsupportedError
 from gteopt.model.checkpoint import Checkpoint
-from gteopt.model.foreign import foreign_errors, shorten
+from gteopt.model.foreign import foreign_errors, shorten_value
 
 _Held = TypeVar("_Held")
 _ENCODERS = {
@@ -29,7 +29,7 @@ _BUFFERS = ("position_ids", "token_type_ids", "inv_freq", "masked_bias", "attn.b
 """Name endings of buffers that older files store and newer classes compute."""
 
 
-def hf_config(checkpoint: Checkpoint) -> Any:
+def build_hf_config(checkpoint: Checkpoint) -> Any:
     """The config object of transformers, with its cache off.
 
     Raises:
@@ -50,7 +50,8 @@ def hf_config(checkpoint: Checkpoint) -> Any:
     transformers = import_transformers()
     if kind not in transformers.CONFIG_MAPPING:
         raise UnsupportedError(
-            f"{checkpoint.folder}: transformers has no architecture '{shorten(kind)}' of its own"
+            f"{checkpoint.folder}: transformers has no architecture '{shorten_value(kind)}' of "
+            f"its own"
         )
     with foreign_errors(checkpoint.folder / "config.json", "reading"):
         config = transformers.AutoConfig.for_model(kind, **fields)
@@ -59,12 +60,12 @@ def hf_config(checkpoint: Checkpoint) -> Any:
         return config
 
 
-def whole_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def build_whole_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The transformer's config, with the defaults that config.json leaves out."""
-    return {**checkpoint.config, **hf_config(checkpoint).to_dict()}
+    return {**checkpoint.config, **build_hf_config(checkpoint).to_dict()}
 
 
-def model_class(checkpoint: Checkpoint, config: Any) -> Any:
+def find_model_class(checkpoint: Checkpoint, config: Any) -> Any:
     """The class of transformers that computes token vectors.
 
     Raises:
@@ -77,13 +78,13 @@ def model_class(checkpoint: Checkpoint, config: Any) -> Any:
     if type(config) not in known:
         raise UnsupportedError(
             f"{checkpoint.folder}: transformers has no encoder of the architecture "
-            f"'{shorten(config.model_type)}'"
+            f"'{shorten_value(config.model_type)}'"
         )
     classes = known[type(config)]
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedError(
-            f"{checkpoint.folder} is an encoder-decoder model ({shorten(config.model_type)}); "
-            f"gteopt supports {', '.join(_ENCODERS)} of this kind"
+            f"{checkpoint.folder} is an encoder-decoder model ({shorten_value(config.model_type)})"
+            f"; gteopt supports {', '.join(_ENCODERS)} of this kind"
         )
     return classes[0] if isinstance(classes, tuple) else classes
 
@@ -105,8 +106,8 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
     if checkpoint.is_table:
         with init_empty_weights():
             return StaticTable(checkpoint.config["vocab_size"], checkpoint.config["hidden_size"])
-    config = hf_config(checkpoint)
-    architecture = model_class(checkpoint, config)
+    config = build_hf_config(checkpoint)
+    architecture = find_model_class(checkpoint, config)
     with foreign_errors(checkpoint.folder, f"building the architecture {config.model_type}"):
         config._attn_implementation = attention_implementation(architecture)
         with init_empty_weights(include_buffers=False):
@@ -116,7 +117,7 @@ def build_skeleton(checkpoint: Checkpoint) -> nn.Module:
     return module
 
 
-def missing_tensors(checkpoint: Checkpoint, names: Sequence[str]) -> IntegrityError:
+def explain_missing_tensors(checkpoint: Checkpoint, names: Sequence[str]) -> IntegrityError:
     """The error for tensors that the architecture has and the files lack."""
     shown = ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
     return IntegrityError(
@@ -126,7 +127,9 @@ def missing_tensors(checkpoint: Checkpoint, names: Sequence[str]) -> IntegrityEr
     )
 
 
-def check_unexpected(checkpoint: Checkpoint, module: nn.Module, names: Iterable[str]) -> None:
+def check_unexpected_tensors(
+    checkpoint: Checkpoint, module: nn.Module, names: Iterable[str]
+) -> None:
     """Refuse tensors of the transformer's own parts that the architecture has no place for.
 
     Heads of other tasks (`lm_head`, `cls`) are outside these parts, and no vector needs them.
@@ -144,7 +147,7 @@ def check_unexpected(checkpoint: Checkpoint, module: nn.Module, names: Iterable[
         name for name in names if name.split(".")[0] in parts and not name.endswith(_BUFFERS)
     )
     if extra:
-        shown = ", ".join(map(shorten, extra[:5])) + (" ..." if len(extra) > 5 else "")
+        shown = ", ".join(map(shorten_value, extra[:5])) + (" ..." if len(extra) > 5 else "")
         raise IntegrityError(
             f"{checkpoint.folder}: its weight files hold {len(extra)} tensors that the "
             f"architecture of config.json has no place for ({shown}); config.json belongs to "
@@ -152,8 +155,10 @@ def check_unexpected(checkpoint: Checkpoint, module: nn.Module, names: Iterable[
         )
 
 
-def stored_names(checkpoint: Checkpoint, module: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """The name in the weight files of each parameter that they have; see `bare_names`."""
+def find_stored_names(
+    checkpoint: Checkpoint, module: nn.Module, names: Iterable[str]
+) -> dict[str, str]:
+    """The name in the weight files of each parameter that they have; see `map_bare_names`."""
     prefix = f"{checkpoint.prefix}{getattr(module, 'base_model_prefix', '')}."
     if not any(name.startswith(prefix) for name in checkpoint.tensors):
         prefix = checkpoint.prefix
@@ -169,7 +174,7 @@ def drop_pooler_(module: nn.Module, lacking: Sequence[str]) -> bool:
     return True
 
 
-def bare_names(files: dict[str, _Held], module: nn.Module) -> dict[str, _Held]:
+def map_bare_names(files: dict[str, _Held], module: nn.Module) -> dict[str, _Held]:
     """The values of `files` under the names of the bare transformer.
 
     A checkpoint with a head stores the transformer as `model.layers.0...` beside `lm_head`. The
@@ -180,7 +185,7 @@ def bare_names(files: dict[str, _Held], module: nn.Module) -> dict[str, _Held]:
     return inside or files
 
 
-def tied_names(module: nn.Module) -> dict[str, str]:
+def find_tied_names(module: nn.Module) -> dict[str, str]:
     """Second name of each parameter that an architecture uses twice, with its first name."""
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
@@ -191,8 +196,8 @@ def tied_names(module: nn.Module) -> dict[str, str]:
     return ties
 
 
-def tie_(module: nn.Module, ties: Mapping[str, str]) -> None:
-    """Tie parameters again after their values were assigned; `ties` is from `tied_names`."""
+def tie_parameters_(module: nn.Module, ties: Mapping[str, str]) -> None:
+    """Tie parameters again after their values were assigned; `ties` is from `find_tied_names`."""
     for second, name in ties.items():
         parent, _, leaf = second.rpartition(".")
         setattr(module.get_submodule(parent), leaf, module.get_parameter(name))

@@ -12,7 +12,13 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from gteopt.errors import InputError, IntegrityError, UnsupportedError, suggest, visible
+from gteopt.errors import (
+    InputError,
+    IntegrityError,
+    UnsupportedError,
+    escape_control_characters,
+    suggest_names,
+)
 from gteopt.model.checkpoint import Checkpoint
 from gteopt.model.foreign import foreign_errors
 
@@ -120,7 +126,9 @@ class Tokenization:
                 model that takes none.
         """
         if role not in ("query", "document"):
-            raise InputError(f"unknown role '{role}': {suggest(str(role), ['query', 'document'])}")
+            raise InputError(
+                f"unknown role '{role}': {suggest_names(str(role), ['query', 'document'])}"
+            )
         if instruction is not None and role == "document":
             raise InputError("an instruction goes on queries only; encode documents without one")
         template = self.checkpoint.query_template
@@ -346,7 +354,7 @@ def import_transformers() -> Any:
 
 def _escape(record: logging.LogRecord) -> bool:
     """Make control characters in library messages visible: they could move the cursor."""
-    record.msg, record.args = visible(record.getMessage()), ()
+    record.msg, record.args = escape_control_characters(record.getMessage()), ()
     return True
 
 

@@ -142,7 +142,7 @@ def _by_rank(name: str, relevant: Floats, documents: Floats, depth: int) -> Floa
     return np.where(relevant > 0, expected, 0.0)
 
 
-def counted(tasks: Sequence[TaskScore]) -> list[TaskScore]:
+def scores_above_chance(tasks: Sequence[TaskScore]) -> list[TaskScore]:
     """The scores that a suite's mean includes: those above chance, or all if none is."""
     above = [task for task in tasks if task.above_chance is not False]
     return above or list(tasks)

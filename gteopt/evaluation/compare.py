@@ -14,43 +14,43 @@ import numpy as np
 
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.errors import InputError, NumericsError, join_problems
-from gteopt.evaluation.chance import Chance, chance_notes, counted
-from gteopt.evaluation.fidelity import fidelity
+from gteopt.evaluation.chance import Chance, chance_notes, scores_above_chance
+from gteopt.evaluation.fidelity import score_fidelity
 from gteopt.evaluation.item_scores_file import read_item_scores
 from gteopt.evaluation.per_item_scores import Samples
-from gteopt.evaluation.reference import beside_published, find_reference
+from gteopt.evaluation.reference import add_published_scores, find_reference
 from gteopt.evaluation.runner import SampleKey, SuiteRun, differing_conditions
 from gteopt.evaluation.statistics import (
     MIN_UNITS,
     Draws,
-    Resampled,
+    ResampledScores,
+    correct_verdicts,
     difference_of,
-    interval,
-    judge,
-    mean_of,
+    interval_of_draws,
+    judge_claims,
+    mean_draws,
     paired_draws,
-    resample,
-    settle,
+    resample_scores,
 )
-from gteopt.evaluation.stopping import part_of, widened
+from gteopt.evaluation.stopping import first_scored_part, widen_for_looks
 from gteopt.evaluation.suites import Suite
-from gteopt.evaluation.task_choice import foretold
+from gteopt.evaluation.task_choice import forecast_suite_mean
 from gteopt.evaluation.task_store import SubsetScore, mean_over_tasks
 from gteopt.records.evaluation import (
     Correction,
-    Difference,
     EvalReport,
     FailedTask,
     ItemComparison,
+    ScoreDifference,
     TaskScore,
     Verdict,
 )
 
-BaselineDraws = dict[SampleKey, Resampled]
+BaselineDraws = dict[SampleKey, ResampledScores]
 """The resampled scores of a baseline, which every comparison with the baseline needs."""
 
 
-def compare(
+def compare_with_baseline(
     baseline: SuiteRun,
     variant: SuiteRun,
     *,
@@ -61,7 +61,7 @@ def compare(
     """Compare a variant's scores with its baseline's: intervals, verdicts and fidelity.
 
     Scores and retention are over the tasks that both models finished. Verdicts are corrected for
-    the claims of this report alone; `settle` corrects them for the claims of several reports.
+    the claims of this report alone; `correct_verdicts` corrects them for several reports together.
 
     Args:
         baseline: the baseline's run of the same suite.
@@ -84,7 +84,7 @@ def compare(
     if not tasks:
         reasons = [f"{task.task}: {task.reason}" for task in failed]
         raise NumericsError(join_problems(f"{variant_name} has no score", reasons))
-    in_mean = counted(_whole(tasks))
+    in_mean = scores_above_chance(_whole(tasks))
     score = mean_over_tasks((task.task, task.score) for task in in_mean)
     baseline_score = mean_over_tasks((task.task, task.baseline_score) for task in in_mean)
     has_retention = baseline_score > 0
@@ -118,14 +118,14 @@ def compare(
         n_encoded_texts=variant.encodings.n_encoded,
         n_cut_texts=variant.encodings.n_cut,
         notes=_notes(baseline, variant, tasks, sure),
-        fidelity=fidelity(baseline.fidelity_sample, variant.fidelity_sample, variant.vectors),
+        fidelity=score_fidelity(baseline.fidelity_sample, variant.fidelity_sample, variant.vectors),
         machine=variant.machine,
         versions=variant.versions,
     )
     report = _with_forecast(report, variant.suite)
     if variant.encoder_sha256 == baseline.encoder_sha256:
         report = _with_reference(report, variant)
-    return settle({variant_name: report})[variant_name]
+    return correct_verdicts({variant_name: report})[variant_name]
 
 
 def _with_forecast(report: EvalReport, suite: Suite) -> EvalReport:
@@ -138,7 +138,9 @@ def _with_forecast(report: EvalReport, suite: Suite) -> EvalReport:
     for task in report.tasks:
         if task.task not in stopped:
             by_task.setdefault(task.task, []).append(task.score)
-    whole = foretold(stands, {name: float(np.mean(scores)) for name, scores in by_task.items()})
+    whole = forecast_suite_mean(
+        stands, {name: float(np.mean(scores)) for name, scores in by_task.items()}
+    )
     if whole is None:
         missing = ", ".join(name for name in stands.weights if name not in by_task)
         note = f"there is no forecast for {stands.suite}, because {missing} has no whole score"
@@ -182,12 +184,12 @@ def _with_reference(report: EvalReport, run: SuiteRun) -> EvalReport:
     reference = None if run.hub_id is None else find_reference(run.hub_id)
     if reference is None:
         return report
-    report = beside_published(report, reference)
+    report = add_published_scores(report, reference)
     notes = (*report.notes, *_average_notes(report, run.suite))
     return report.model_copy(update={"notes": notes})
 
 
-class Scored(Protocol):
+class ScoredModel(Protocol):
     """The scores of one model that a comparison needs: a run, or a file of item scores."""
 
     @property
@@ -212,7 +214,7 @@ class Scored(Protocol):
 
 
 def compare_scores(
-    baseline: Scored, variant: Scored, drawn: BaselineDraws
+    baseline: ScoredModel, variant: ScoredModel, drawn: BaselineDraws
 ) -> tuple[list[TaskScore], dict[SampleKey, Draws]]:
     """Compare every task, split and subset that both models finished.
 
@@ -249,7 +251,7 @@ def compare_item_scores(
         baseline: file of the baseline, from `evaluate --out`.
         variant: file of the variant, which may come from another machine.
         margin: a difference of scores (0 to 1) that does not matter.
-        correction: the set of claims that the error rate holds for; see `settle`.
+        correction: the set of claims that the error rate holds for; see `correct_verdicts`.
 
     Raises:
         IntegrityError: a file that holds no item scores.
@@ -268,14 +270,14 @@ def compare_item_scores(
     tasks, draws = compare_scores(theirs, ours, {})
     if not tasks:
         raise InputError(f"{variant} and {baseline} have no task in common; score both again")
-    in_mean = counted(_whole(tasks))
+    in_mean = scores_above_chance(_whole(tasks))
     sure = SuiteInterval() if _stopped_names(tasks) else suite_interval(in_mean, draws)
     same = ours.encoder_sha256 == theirs.encoder_sha256
     difference = sure.difference
     if difference is not None:
         suite_verdict: Verdict = "equivalent"  # a model is equivalent to itself
         if not same:
-            suite_verdict = judge({"suite": (difference, margin)}, correction)["suite"]
+            suite_verdict = judge_claims({"suite": (difference, margin)}, correction)["suite"]
         difference = difference.model_copy(update={"verdict": suite_verdict})
     places = [(scored.header.machine, scored.header.versions) for scored in (theirs, ours)]
     differing = differing_conditions(places[0], places[1])
@@ -310,7 +312,7 @@ def _judged(
         for task in tasks
         if task.difference is not None
     }
-    verdicts = {} if same_model else judge(claims, correction)
+    verdicts = {} if same_model else judge_claims(claims, correction)
     judged = []
     for task in tasks:
         difference = task.difference
@@ -329,7 +331,7 @@ class SuiteInterval:
         notes: name the tasks that are left out; empty if none is.
     """
 
-    difference: Difference | None = None
+    difference: ScoreDifference | None = None
     retention_low: float | None = None
     retention_high: float | None = None
     n_tasks: int = 0
@@ -351,10 +353,10 @@ def suite_interval(tasks: Sequence[TaskScore], draws: Mapping[SampleKey, Draws])
     by_task: dict[str, list[Draws]] = {}
     for task in known:
         by_task.setdefault(task.task, []).append(draws[task.task, task.split, task.subset])
-    overall = mean_of([mean_of(task_draws) for task_draws in by_task.values()])
+    overall = mean_draws([mean_draws(task_draws) for task_draws in by_task.values()])
     value = mean_over_tasks((task.task, task.score - task.baseline_score) for task in known)
     has_retention = mean_over_tasks((task.task, task.baseline_score) for task in known) > 0
-    low, high = interval(overall.retention) if has_retention else (None, None)
+    low, high = interval_of_draws(overall.retention) if has_retention else (None, None)
     notes: tuple[str, ...] = ()
     if without:
         left_out = ", ".join(name for name in names if name in without)
@@ -423,7 +425,11 @@ def _condition_notes(baseline: SuiteRun, variant: SuiteRun) -> list[str]:
 
 
 def _paired(
-    baseline: Scored, variant: Scored, theirs: SubsetScore, ours: SubsetScore, drawn: BaselineDraws
+    baseline: ScoredModel,
+    variant: ScoredModel,
+    theirs: SubsetScore,
+    ours: SubsetScore,
+    drawn: BaselineDraws,
 ) -> Draws | str:
     """Draws of one task's scores, or the reason why there are none."""
     for model, score in (("the baseline", theirs), ("the variant", ours)):
@@ -440,21 +446,21 @@ def _paired(
         draws = paired_draws(samples, baseline_samples, same_model=same)
     else:
         if key not in drawn:
-            drawn[key] = resample(baseline_samples)
+            drawn[key] = resample_scores(baseline_samples)
         draws = paired_draws(samples, drawn[key], same_model=same)
     assert draws is not None
-    return draws if ours.sequential is None else widened(draws, ours.sequential)
+    return draws if ours.sequential is None else widen_for_looks(draws, ours.sequential)
 
 
-def _items(baseline: Scored, key: SampleKey, ours: SubsetScore) -> Samples:
+def _items(baseline: ScoredModel, key: SampleKey, ours: SubsetScore) -> Samples:
     """The baseline's entries; if the variant was stopped, only the entries of its scored items."""
     samples = baseline.item_scores[key]
     if ours.sequential is None or ours.sequential.n_all != samples.n_units:
         return samples
-    return part_of(samples, ours.sequential.n_scored)
+    return first_scored_part(samples, ours.sequential.n_scored)
 
 
-def _baseline_score(baseline: Scored, theirs: SubsetScore, ours: SubsetScore) -> SubsetScore:
+def _baseline_score(baseline: ScoredModel, theirs: SubsetScore, ours: SubsetScore) -> SubsetScore:
     """The baseline's score over the items that the variant was scored on."""
     key = ours.task, ours.split, ours.subset
     if not ours.is_stopped or key not in baseline.item_scores:

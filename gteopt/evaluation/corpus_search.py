@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gteopt.corpus.shards import Encodings
+from gteopt.corpus.shards import ShardEncodings
 from gteopt.errors import is_out_of_memory
 from gteopt.evaluation.views import View
-from gteopt.vectors.search import Products, Search, on_cpu
+from gteopt.vectors.search import BlockwiseSearch, DotProducts, numpy_products
 from gteopt.vectors.transform import VectorTransform
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _BLOCK_PAIRS = 1 << 10
 
 
 @dataclass(frozen=True)
-class Answers:
+class CorpusRankings:
     """Results of one search for all views.
 
     Attributes:
@@ -43,20 +43,20 @@ class Answers:
     """
 
     rankings: Mapping[str, Sequence[Ranking]]
-    asked: Encodings
+    asked: ShardEncodings
 
 
-class Searches:
+class KeptSearches:
     """Keeps the results of searches for views that are scored later."""
 
     def __init__(self, views: Sequence[View]) -> None:
         """Search for all `views` at once; each view asks for its results once."""
         self._views = views
-        self._answers: dict[bytes, Answers] = {}
+        self._answers: dict[bytes, CorpusRankings] = {}
 
     def answers(
-        self, key: bytes, view: View, search: Callable[[Sequence[View]], Answers]
-    ) -> tuple[Sequence[Ranking], Encodings]:
+        self, key: bytes, view: View, search: Callable[[Sequence[View]], CorpusRankings]
+    ) -> tuple[Sequence[Ranking], ShardEncodings]:
         """A view's results of a search, and the texts that it took from an earlier search.
 
         Args:
@@ -71,8 +71,8 @@ class Searches:
         assert answers is not None
         # A view's results are dropped once returned: for 10,000 queries they can take a gigabyte.
         rest = {sha: ranking for sha, ranking in answers.rankings.items() if sha != view.sha256}
-        self._answers[key] = Answers(rest, answers.asked)
-        return answers.rankings[view.sha256], Encodings() if is_new else answers.asked
+        self._answers[key] = CorpusRankings(rest, answers.asked)
+        return answers.rankings[view.sha256], ShardEncodings() if is_new else answers.asked
 
 
 class _Searching(Protocol):
@@ -85,13 +85,13 @@ class _Searching(Protocol):
         """The ranking of each query."""
 
 
-def search_all(
+def search_corpus(
     views: Sequence[View],
     queries: Mapping[str, Floats],
     blocks: Iterable[Floats],
     k: int,
     candidates: Sequence[npt.NDArray[np.intp]] | None = None,
-    products: Products = on_cpu,
+    products: DotProducts = numpy_products,
 ) -> dict[str, list[Ranking]]:
     """The k best documents of each query under each view, by the view's SHA-256.
 
@@ -119,18 +119,18 @@ def search_all(
     return {sha256: search.rankings() for sha256, search in searches.items()}
 
 
-def products_on(device: torch.device) -> Products:
-    """The fastest `Products` for a device: torch on a CUDA device, numpy on any other.
+def fastest_products(device: torch.device) -> DotProducts:
+    """The fastest `DotProducts` for a device: torch on a CUDA device, numpy on any other.
 
     Workers may encode on a CUDA device that this process does not have; numpy then takes over.
     """
     import torch
 
     has_cuda = device.type == "cuda" and torch.cuda.is_available()
-    return _by_torch(device) if has_cuda else on_cpu
+    return _by_torch(device) if has_cuda else numpy_products
 
 
-def _by_torch(device: torch.device) -> Products:
+def _by_torch(device: torch.device) -> DotProducts:
     import torch
 
     # A program may allow TF32, whose error exceeds the bound for float32 sums; float64 is safe.
@@ -150,7 +150,7 @@ def _by_torch(device: torch.device) -> Products:
                 # The model may leave no memory on the device; the CPU is slower but exact too.
                 if not is_out_of_memory(error):
                     raise
-                return on_cpu(stored)(queries)
+                return numpy_products(stored)(queries)
             return scores
 
         return product
@@ -162,9 +162,9 @@ class _Whole:
     """A search among all documents."""
 
     def __init__(
-        self, transform: VectorTransform, queries: Floats, k: int, products: Products
+        self, transform: VectorTransform, queries: Floats, k: int, products: DotProducts
     ) -> None:
-        self._search = Search(transform, queries, k, products)
+        self._search = BlockwiseSearch(transform, queries, k, products)
 
     def add(self, codes: npt.NDArray[np.generic]) -> None:
         self._search.add(codes)

@@ -20,7 +20,7 @@ _PATIENCE_S = 3.0
 def check_data(suite: Suite, hub_dir: Path | None) -> None:
     """Refuse a suite whose data are not on this machine and cannot be downloaded.
 
-    Only tasks of the shipped suites are checked here; `resolve` checks the others.
+    Only tasks of the shipped suites are checked here; `resolve_tasks` checks the others.
 
     Raises:
         InputError: with `hub_dir`, lists every task that has no folder in it. Without `hub_dir`,

@@ -22,8 +22,8 @@ from gteopt.records.evaluation import Fidelity
 from gteopt.records.examples import Example
 from gteopt.records.files import write_atomically
 from gteopt.records.manifest import Similarity
-from gteopt.vectors.search import search
-from gteopt.vectors.transform import VectorTransform, identity
+from gteopt.vectors.search import search_vectors
+from gteopt.vectors.transform import VectorTransform, identity_transform
 
 Side = Literal["query", "document", "text"]
 """The role of a text in its task: a query, a document, or a text compared with other texts."""
@@ -45,10 +45,10 @@ class SideVectors:
     vectors: Floats
 
 
-Sample = Mapping[Side, SideVectors]
+FidelitySample = Mapping[Side, SideVectors]
 
 
-class Sampler:
+class FidelitySampler:
     """Keeps a fixed pseudo-random sample of the texts of each side, with their vectors.
 
     The texts with the least seeded SHA-256 are kept (a bottom-k sketch, Cohen & Kaplan 2007). Every
@@ -65,9 +65,9 @@ class Sampler:
 
         A text that is encoded with two values of `prompt` counts as two texts.
         """
-        self._keep(side, [digest_of(text, prompt) for text in texts], vectors)
+        self._keep(side, [text_digest(text, prompt) for text in texts], vectors)
 
-    def merge(self, sample: Sample) -> None:
+    def merge(self, sample: FidelitySample) -> None:
         """Offer the texts of another sample."""
         for side, side_vectors in sample.items():
             self._keep(side, side_vectors.digests, side_vectors.vectors)
@@ -92,24 +92,24 @@ class Sampler:
             largest = max(kept)
 
 
-def digest_of(text: str, prompt: str = "") -> str:
-    """The digest that identifies a text in a sample; `prompt` as in `Sampler.offer`."""
+def text_digest(text: str, prompt: str = "") -> str:
+    """The digest that identifies a text in a sample; `prompt` as in `FidelitySampler.offer`."""
     return hashlib.sha256(f"{_SEED}\0{prompt}\0{text}".encode()).hexdigest()
 
 
-def sample_of(texts: Sequence[str], vectors: Floats) -> dict[Side, SideVectors]:
+def make_fidelity_sample(texts: Sequence[str], vectors: Floats) -> dict[Side, SideVectors]:
     """A sample of all the given texts, which are compared with one another.
 
     Args:
         texts: N texts.
         vectors: [N, full_dims].
     """
-    sampler = Sampler({"text": len(texts)})
+    sampler = FidelitySampler({"text": len(texts)})
     sampler.offer("text", texts, "", vectors)
     return sampler.sample()
 
 
-def write_sample(path: Path, sample: Sample) -> None:
+def write_fidelity_sample(path: Path, sample: FidelitySample) -> None:
     """Save a sample; a reader sees the old file or the complete new file.
 
     Vectors are saved as float16 if that is exact, as it is for vectors from a float16 cache.
@@ -125,8 +125,8 @@ def write_sample(path: Path, sample: Sample) -> None:
     write_atomically(path, save(tensors))
 
 
-def read_sample(path: Path) -> dict[Side, SideVectors]:
-    """Read what `write_sample` saved.
+def read_fidelity_sample(path: Path) -> dict[Side, SideVectors]:
+    """Read what `write_fidelity_sample` saved.
 
     Raises:
         IntegrityError: the file is damaged.
@@ -147,7 +147,9 @@ def read_sample(path: Path) -> dict[Side, SideVectors]:
         ) from error
 
 
-def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> Fidelity:
+def score_fidelity(
+    baseline: FidelitySample, variant: FidelitySample, transform: VectorTransform
+) -> Fidelity:
     """Compare two models on the texts that both encoded.
 
     If the suite has a retrieval task, neighbours and similarities are between queries and
@@ -184,7 +186,7 @@ def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> F
     base_q, ours_q = both[queries]
     base_d, ours_d = both[documents]
     codes = transform.quantize(transform.project(ours_d))
-    exact = identity(base_d.shape[1])
+    exact = identity_transform(base_d.shape[1])
     overlap = _overlap(
         _neighbours(
             exact, exact.project(base_q), exact.project(base_d), excluding_self=not is_search
@@ -209,13 +211,16 @@ def fidelity(baseline: Sample, variant: Sample, transform: VectorTransform) -> F
     )
 
 
-def most_changed(
-    baseline: Sample, variant: Sample, transform: VectorTransform, known: Mapping[str, str]
+def most_changed_texts(
+    baseline: FidelitySample,
+    variant: FidelitySample,
+    transform: VectorTransform,
+    known: Mapping[str, str],
 ) -> tuple[Example, ...]:
     """The ten texts that keep the fewest of their ten nearest neighbours, with both lists.
 
-    Queries are searched among documents, or texts among texts, as in `fidelity`. Ties keep the
-    order of `known`.
+    Queries are searched among documents, or texts among texts, as in `score_fidelity`. Ties keep
+    the order of `known`.
 
     Args:
         baseline: the baseline's sample.
@@ -232,7 +237,7 @@ def most_changed(
     )
     if not queries or len(documents) < 2:
         return ()
-    exact = identity(base_d.shape[1])
+    exact = identity_transform(base_d.shape[1])
     before = _neighbours(
         exact, exact.project(base_q), exact.project(base_d), excluding_self=not is_search
     )
@@ -336,7 +341,7 @@ def _neighbours(
 ) -> npt.NDArray[np.intp]:
     """Indices of the nearest stored vectors of each query: [Q, k]."""
     k = min(N_NEIGHBOURS, len(codes) - excluding_self)
-    nearest, _ = search(transform, queries, codes, k + excluding_self)
+    nearest, _ = search_vectors(transform, queries, codes, k + excluding_self)
     if not excluding_self:
         return nearest
     is_self = nearest == np.arange(len(nearest))[:, None]

@@ -100,7 +100,7 @@ INSTRUCTIONS: dict[str, str] = {
 SYMMETRIC: frozenset[str] = frozenset({"ArguAna", "QuoraRetrieval", *_CQADUPSTACK})
 
 
-def on_documents(family: str | None, task: str) -> bool:
+def instructs_documents(family: str | None, task: str) -> bool:
     """Whether a family's authors put the instruction on the documents of a search too.
 
     This includes the translations of ArguAna (ArguAna-PL, ArguAna-Fa). Their documents and queries

@@ -25,7 +25,7 @@ from gteopt.errors import IntegrityError
 from gteopt.evaluation.per_item_scores import Array, Samples, Statistic
 from gteopt.evaluation.task_store import SubsetScore
 from gteopt.frozen import Frozen
-from gteopt.records.environment import Conditions, Machine
+from gteopt.records.environment import Conditions, MachineRecord
 from gteopt.records.files import write_atomically
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class ItemHeader(Frozen):
     suite_sha256: str
     protocol: str
     scores: tuple[SubsetScore, ...]
-    machine: Machine
+    machine: MachineRecord
     versions: Conditions
 
 

@@ -17,15 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from gteopt.corpus.shards import Encodings, Floats, Shard, cut
+from gteopt.corpus.shards import Floats, Shard, ShardEncodings, cut_shards
 from gteopt.corpus.vector_cache import VectorCache
 from gteopt.evaluation.corpus_search import Ranking
 from gteopt.evaluation.instructions import TaskInstruction
-from gteopt.evaluation.mteb_isolation import isolated
+from gteopt.evaluation.mteb_isolation import isolate_mteb
 from gteopt.evaluation.mteb_model import TaskModel
 from gteopt.evaluation.views import View
 from gteopt.progress import Progress
-from gteopt.vectors.transform import identity
+from gteopt.vectors.transform import identity_transform
 
 if TYPE_CHECKING:
     from gteopt.encoder.tokenization import Role
@@ -42,12 +42,12 @@ class _Recorder:
         self.encoder = cache.encoder
         self.keeps_lengths = cache.keeps_lengths
         self.shards: list[Shard] = []
-        self.counts = Encodings()
+        self.counts = ShardEncodings()
         self._cache = cache
         self._planned = planned
         self._rng = np.random.default_rng(0)
 
-    def count_cached(self, asked: Encodings) -> None:
+    def count_cached(self, asked: ShardEncodings) -> None:
         """Count nothing."""
 
     def embed(
@@ -60,7 +60,7 @@ class _Recorder:
             if digest not in self._planned
         }
         self._planned |= missing.keys()
-        self.shards += cut(missing.values(), role, instruction)
+        self.shards += cut_shards(missing.values(), role, instruction)
         vectors = self._rng.standard_normal((len(texts), _DIMS)).astype(np.float32)
         unit: npt.NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         return unit
@@ -98,10 +98,10 @@ def upcoming_shards(
         planned: keys of texts that earlier tasks will have encoded; this task's keys are added.
     """
     recorder: Any = _Recorder(cache, planned)
-    view = View("look-ahead", "", identity(_DIMS))
+    view = View("look-ahead", "", identity_transform(_DIMS))
     task = resolved.task
     generators = deepcopy((task.rng_state, task.np_rng))
-    with isolated(offline=True):
+    with isolate_mteb(offline=True):
         for split in resolved.splits:
             model = _NoSearch(recorder, view, instruction)
             # A metric may fail on random vectors. Texts that are then missing from the shards are

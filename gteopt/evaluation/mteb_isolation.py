@@ -19,7 +19,7 @@ _LOUD = ("mteb", "datasets", "huggingface_hub", "fsspec")
 
 
 @contextmanager
-def isolated(*, offline: bool) -> Iterator[None]:
+def isolate_mteb(*, offline: bool) -> Iterator[None]:
     """Run mteb without side effects on this process.
 
     mteb seeds the global generators when it is imported and when a task is made. It also shows

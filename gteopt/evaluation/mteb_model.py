@@ -23,11 +23,17 @@ from mteb.similarity_functions import (
 )
 from mteb.types import PromptType
 
-from gteopt.evaluation.corpus_search import Answers, Ranking, Searches, products_on, search_all
-from gteopt.evaluation.fidelity import Sampler, Side
+from gteopt.evaluation.corpus_search import (
+    CorpusRankings,
+    KeptSearches,
+    Ranking,
+    fastest_products,
+    search_corpus,
+)
+from gteopt.evaluation.fidelity import FidelitySampler, Side
 from gteopt.evaluation.instructions import TaskInstruction
 from gteopt.evaluation.views import View
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 
 if TYPE_CHECKING:
     from gteopt.corpus.vector_cache import VectorCache
@@ -56,10 +62,10 @@ class TaskModel:
         cache: VectorCache,
         view: View,
         instruction: TaskInstruction,
-        sampler: Sampler | None = None,
-        progress: Progress = quiet,
+        sampler: FidelitySampler | None = None,
+        progress: Progress = ignore_progress,
         *,
-        searches: Searches | None = None,
+        searches: KeptSearches | None = None,
     ) -> None:
         """Make the model of one task.
 
@@ -81,7 +87,7 @@ class TaskModel:
         self._progress = progress
         self._n_texts = self._n_done = 0
         self._corpus: Any = ()
-        self._searches = searches or Searches([view])
+        self._searches = searches or KeptSearches([view])
         self._n_searches = 0
         dtype = str(cache.encoder.dtype).removeprefix("torch.")
         self.mteb_model_meta = ModelMeta.create_empty(
@@ -136,7 +142,7 @@ class TaskModel:
         therefore returns as many results as the task's main score needs. With `top_ranked`
         (reranking tasks), only the given documents of each query are searched.
 
-        The corpus is read once for all views; see `Searches`.
+        The corpus is read once for all views; see `KeptSearches`.
         """
         depth = search_depth(task_metadata)
         # One more, because some tasks remove the document that has the same id as the query.
@@ -148,7 +154,7 @@ class TaskModel:
         request = [str(self._n_searches), str(k), str(len(self._corpus)), *ids, *texts]
         key = hashlib.sha256("\0".join(request).encode()).digest()
 
-        def search(views: Sequence[View]) -> Answers:
+        def search(views: Sequence[View]) -> CorpusRankings:
             before = self._cache.counts
             self._n_texts += len(texts) + len(self._corpus)
             projected = self._project(texts, "query", views)
@@ -156,7 +162,7 @@ class TaskModel:
             documents = _texts(self._corpus, task_metadata, PromptType.document)
             blocks = self._encoded(documents, "document")
             rankings = self._search(views, projected, blocks, k, candidates)
-            return Answers(rankings, self._cache.counts - before)
+            return CorpusRankings(rankings, self._cache.counts - before)
 
         rankings, cached = self._searches.answers(key, self._view, search)
         self._cache.count_cached(cached)
@@ -170,8 +176,8 @@ class TaskModel:
         k: int,
         candidates: Sequence[npt.NDArray[np.intp]] | None,
     ) -> dict[str, list[Ranking]]:
-        products = products_on(self._cache.encoder.device)
-        return search_all(views, queries, blocks, k, candidates, products)
+        products = fastest_products(self._cache.encoder.device)
+        return search_corpus(views, queries, blocks, k, candidates, products)
 
     def _candidates(self, ids: Sequence[str], top_ranked: Any) -> list[npt.NDArray[np.intp]]:
         """Rows of each query's candidates, in the order of the task."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _DEPTH = re.compile(r"_at_(\d+)$")
 
 
-def write_results(
+def write_mteb_results(
     store: Path,
     model: ModelMeta,
     resolved: ResolvedTask,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from gteopt.config.plan import ColumnRole
-from gteopt.config.text_files import csv_heading, read_lines, read_rows
-from gteopt.errors import InputError, suggest
+from gteopt.config.text_files import read_csv_heading, read_text_lines, read_text_rows
+from gteopt.errors import InputError, suggest_names
 
 TableKind = Literal["pairs", "search", "texts"]
 FORMS = (".csv", ".tsv", ".jsonl", ".parquet")
@@ -45,7 +45,7 @@ _MAX_HEADING = 1 << 16
 
 
 @dataclass(frozen=True)
-class Table:
+class OwnTable:
     """The rows of one file with their line numbers.
 
     Attributes:
@@ -59,13 +59,13 @@ class Table:
     rows: tuple[tuple[int, Mapping[ColumnRole, Any]], ...]
 
 
-def read_table(
+def read_own_table(
     path: Path,
     problems: list[str],
     *,
     kinds: Sequence[TableKind] = ("pairs", "search"),
     columns: Mapping[ColumnRole, str] | None = None,
-) -> Table:
+) -> OwnTable:
     """Read a table and recognise the roles of its columns.
 
     Args:
@@ -83,12 +83,12 @@ def read_table(
     n_before = len(problems)
     heading, rows = _read(path, problems)
     if not rows and len(problems) > n_before:  # the problems say why there are no rows
-        return Table(kinds[0], {}, ())
+        return OwnTable(kinds[0], {}, ())
     kind, chosen = _recognise(path, heading, kinds, columns or {})
     role_rows = tuple(
         (line, {role: row.get(name) for role, name in chosen.items()}) for line, row in rows
     )
-    return Table(kind, chosen, role_rows)
+    return OwnTable(kind, chosen, role_rows)
 
 
 def _recognise(
@@ -99,10 +99,13 @@ def _recognise(
 ) -> tuple[TableKind, dict[ColumnRole, str]]:
     for role, name in given.items():
         if role not in get_args(ColumnRole):
-            raise InputError(f"--columns {role}={name}: {suggest(role, get_args(ColumnRole))}")
+            raise InputError(
+                f"--columns {role}={name}: {suggest_names(role, get_args(ColumnRole))}"
+            )
         if name not in heading:
             raise InputError(
-                f"--columns {role}={name}: {path} has no such column; {suggest(name, heading)}"
+                f"--columns {role}={name}: {path} has no such column; "
+                f"{suggest_names(name, heading)}"
             )
     lower = {name.lower(): name for name in reversed(heading)}
     guessed: dict[ColumnRole, str] = {
@@ -143,7 +146,7 @@ def _read(path: Path, problems: list[str]) -> tuple[list[str], list[tuple[int, d
         rows = list(enumerate(_read_parquet(path), start=1))
         return list(rows[0][1]) if rows else [], rows
     if path.suffix == ".jsonl":
-        rows = list(read_rows(path, problems))
+        rows = list(read_text_rows(path, problems))
         return list(dict.fromkeys(name for _, row in rows for name in row)), rows
     return _read_csv(path, problems)
 
@@ -162,10 +165,10 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 def _read_csv(
     path: Path, problems: list[str]
 ) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
-    heading = next((line for _, line in read_lines(path, [])), "")
+    heading = next((line for _, line in read_text_lines(path, [])), "")
     separator = _separator(path, heading)
-    rows = list(read_rows(path, problems, separator=separator))
-    return csv_heading(path, [], separator=separator), rows
+    rows = list(read_text_rows(path, problems, separator=separator))
+    return read_csv_heading(path, [], separator=separator), rows
 
 
 def _separator(path: Path, heading: str) -> str:

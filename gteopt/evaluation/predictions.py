@@ -85,7 +85,7 @@ def read_predictions(task: Any, folder: Path) -> dict[str, dict[str, Any]]:
     return predictions
 
 
-def collect(
+def samples_from_predictions(
     task: Any, split: str, predictions: Mapping[str, Mapping[str, Any]], draws: RecordedDraws | None
 ) -> Iterator[tuple[str, Samples | UnsupportedError]]:
     """The entries of each subset of one split, or the reason why there are none.

@@ -14,8 +14,8 @@ import numpy as np
 
 from gteopt.paths import shipped_dir
 from gteopt.records.evaluation import (
-    BesidePublished,
     EvalReport,
+    PublishedComparison,
     Reference,
     ReferenceScore,
     TaskScore,
@@ -44,10 +44,10 @@ class _Whole:
 
     published: float
     score: float
-    parts: tuple[BesidePublished, ...]
+    parts: tuple[PublishedComparison, ...]
 
 
-def beside_published(report: EvalReport, reference: Reference) -> EvalReport:
+def add_published_scores(report: EvalReport, reference: Reference) -> EvalReport:
     """The baseline's report with the published scores of the same model.
 
     Both means are over the same splits and subsets: those with a published score of the same data.
@@ -59,7 +59,7 @@ def beside_published(report: EvalReport, reference: Reference) -> EvalReport:
     """
     published = {(score.task, score.split, score.subset): score for score in reference.scores}
 
-    def beside(task: TaskScore) -> BesidePublished | None:
+    def beside(task: TaskScore) -> PublishedComparison | None:
         # A part of an aggregate (CQADupstackAndroidRetrieval) is published as a separate task.
         known = published.get((task.task, task.split, task.subset)) or published.get(
             (task.subset, task.split, "default")
@@ -81,7 +81,7 @@ def beside_published(report: EvalReport, reference: Reference) -> EvalReport:
             for part in whole.parts
             for condition in part.other_conditions
         ]
-        of_suite = BesidePublished(
+        of_suite = PublishedComparison(
             score=float(np.mean([whole.published for whole in wholes])),
             baseline_score=float(np.mean([whole.score for whole in wholes])),
             other_conditions=tuple(dict.fromkeys(conditions)),
@@ -126,7 +126,7 @@ def _beside(
     reference: Reference,
     *,
     of_parts: bool = False,
-) -> BesidePublished:
+) -> PublishedComparison:
     """A published score with the score measured here and the conditions that differ.
 
     Args:
@@ -154,7 +154,7 @@ def _beside(
         conditions.append("other data")
     elif same_data is None:
         conditions.append("data revision not known")
-    return BesidePublished(
+    return PublishedComparison(
         score=known.score,
         baseline_score=task.score,
         other_conditions=tuple(conditions),

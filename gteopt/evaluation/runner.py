@@ -19,11 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from gteopt.corpus.shards import EncodeAhead, EncodeShards, Encodings, Shard
+from gteopt.corpus.shards import EncodeAhead, EncodeShards, Shard, ShardEncodings
 from gteopt.corpus.vector_cache import DEFAULT_BYTES, CacheDtype, VectorCache
 from gteopt.errors import GteoptError
-from gteopt.evaluation.corpus_search import Searches
-from gteopt.evaluation.fidelity import Sample, Sampler, sample_of
+from gteopt.evaluation.corpus_search import KeptSearches
+from gteopt.evaluation.fidelity import FidelitySample, FidelitySampler, make_fidelity_sample
 from gteopt.evaluation.per_item_scores import Samples
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.task_store import (
@@ -35,14 +35,14 @@ from gteopt.evaluation.task_store import (
 )
 from gteopt.evaluation.task_vectors import TaskVectors
 from gteopt.evaluation.views import View, own_view
-from gteopt.machine import machine, versions
-from gteopt.progress import Progress, quiet
-from gteopt.records.environment import Conditions, Machine
+from gteopt.machine import describe_machine, read_library_versions
+from gteopt.progress import Progress, ignore_progress
+from gteopt.records.environment import Conditions, MachineRecord
 from gteopt.records.evaluation import FailedTask
 from gteopt.vectors.transform import VectorTransform
 
 if TYPE_CHECKING:
-    from gteopt.encoder.description import Description
+    from gteopt.encoder.description import EncoderDescription
     from gteopt.evaluation.stopping import StopRule
     from gteopt.evaluation.tasks import ResolvedTask
 
@@ -51,7 +51,7 @@ _LIBRARIES = ("mteb", "datasets", "scikit-learn", "scipy")
 
 
 @dataclass(frozen=True)
-class EncodeOptions:
+class SuiteEncodeOptions:
     """How texts are encoded, and how their vectors are kept.
 
     Attributes:
@@ -72,7 +72,7 @@ class EncodeOptions:
     start_next: Callable[[], None] | None = None
 
 
-ENCODE_OPTIONS = EncodeOptions()
+ENCODE_OPTIONS = SuiteEncodeOptions()
 
 SampleKey = tuple[str, str, str]
 """Task, split, subset."""
@@ -102,12 +102,12 @@ class SuiteRun:
     scores: tuple[SubsetScore, ...]
     item_scores: Mapping[SampleKey, Samples]
     failed: tuple[FailedTask, ...]
-    fidelity_sample: Sample
+    fidelity_sample: FidelitySample
     vectors: VectorTransform
-    machine: Machine
+    machine: MachineRecord
     versions: Conditions
-    encodings: Encodings
-    encodings_now: Encodings
+    encodings: ShardEncodings
+    encodings_now: ShardEncodings
     notes: tuple[str, ...] = ()
     hub_id: str | None = None
 
@@ -132,12 +132,12 @@ class RunOptions(TypedDict, total=False):
 
     hub_dir: Path | None
     store: Path | None
-    options: EncodeOptions
+    options: SuiteEncodeOptions
     progress: Progress
     stop: StopRule | None
 
 
-def run_suite(encoder: Description, suite: Suite, **where: Unpack[RunOptions]) -> SuiteRun:
+def run_suite(encoder: EncoderDescription, suite: Suite, **where: Unpack[RunOptions]) -> SuiteRun:
     """Score an encoder's own view on every task of a suite; see `run_views`.
 
     Example:
@@ -148,7 +148,7 @@ def run_suite(encoder: Description, suite: Suite, **where: Unpack[RunOptions]) -
 
 
 def run_views(
-    encoder: Description,
+    encoder: EncoderDescription,
     suite: Suite,
     views: Sequence[View],
     **where: Unpack[RunOptions],
@@ -169,44 +169,44 @@ def run_views(
     Raises:
         InputError: lists all data that cannot be found or read, before anything is encoded.
     """
-    from gteopt.evaluation.mteb_isolation import isolated
-    from gteopt.evaluation.tasks import load_data, resolve
+    from gteopt.evaluation.mteb_isolation import isolate_mteb
+    from gteopt.evaluation.tasks import load_task_data, resolve_tasks
 
     hub_dir, store = where.get("hub_dir"), where.get("store")
-    options, progress = where.get("options", ENCODE_OPTIONS), where.get("progress", quiet)
+    options, progress = where.get("options", ENCODE_OPTIONS), where.get("progress", ignore_progress)
     with ExitStack() as stack:
-        stack.enter_context(isolated(offline=hub_dir is not None))
+        stack.enter_context(isolate_mteb(offline=hub_dir is not None))
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
-        tasks = resolve(suite, hub_dir)
+        tasks = resolve_tasks(suite, hub_dir)
         scoring = _Scoring(encoder, suite, views, store, options, progress)
         scoring.stop = where.get("stop")
         waiting = scoring.read_finished(tasks)
-        load_data(waiting)
+        load_task_data(waiting)
         scoring.score(waiting, len(tasks))
         suite_sha256 = suite.sha256({task.name: task.revision for task in tasks})
         return [scoring.run_of(view, suite_sha256) for view in views]
 
 
 def begin_views(
-    encoder: Description,
+    encoder: EncoderDescription,
     suite: Suite,
     *,
     hub_dir: Path | None,
     store: Path | None,
-    options: EncodeOptions,
+    options: SuiteEncodeOptions,
 ) -> None:
     """Let workers start on the first unscored task, before `run_views` gets the same arguments."""
-    from gteopt.evaluation.mteb_isolation import isolated
-    from gteopt.evaluation.tasks import load_data, resolve
+    from gteopt.evaluation.mteb_isolation import isolate_mteb
+    from gteopt.evaluation.tasks import load_task_data, resolve_tasks
 
     with ExitStack() as stack:
-        stack.enter_context(isolated(offline=hub_dir is not None))
+        stack.enter_context(isolate_mteb(offline=hub_dir is not None))
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
-        for task in resolve(suite, hub_dir):
+        for task in resolve_tasks(suite, hub_dir):
             if TaskFolder.of(encoder, task, store, options.dtype).sample() is None:
-                load_data([task])
+                load_task_data([task])
                 vectors = TaskVectors(encoder, store, options, lambda note: None)
                 _TaskLookahead(options, vectors.usual(), [task], [vectors.of(task)]).look(0)
                 task.task.unload_data()
@@ -222,20 +222,20 @@ class TextsRun:
         notes: anything unusual that happened to the encodings.
     """
 
-    fidelity_sample: Sample
-    encodings: Encodings
+    fidelity_sample: FidelitySample
+    encodings: ShardEncodings
     notes: tuple[str, ...]
-    machine: Machine
+    machine: MachineRecord
     versions: Conditions
 
 
 def run_texts(
-    encoder: Description,
+    encoder: EncoderDescription,
     texts: Sequence[str],
     *,
     store: Path | None = None,
-    options: EncodeOptions = ENCODE_OPTIONS,
-    progress: Progress = quiet,
+    options: SuiteEncodeOptions = ENCODE_OPTIONS,
+    progress: Progress = ignore_progress,
 ) -> TextsRun:
     """Encode texts as documents without an instruction; see `run_views` for the arguments.
 
@@ -252,8 +252,10 @@ def run_texts(
         if store is None:
             store = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gteopt-")))
         cache = TaskVectors(encoder, store, options, say).usual()
-        sample = sample_of(texts, cache.embed(texts, "document", None, progress))
-    return TextsRun(sample, cache.counts, tuple(notes), machine(), _conditions(encoder, options))
+        sample = make_fidelity_sample(texts, cache.embed(texts, "document", None, progress))
+    return TextsRun(
+        sample, cache.counts, tuple(notes), describe_machine(), _conditions(encoder, options)
+    )
 
 
 class _Scoring:
@@ -261,11 +263,11 @@ class _Scoring:
 
     def __init__(
         self,
-        encoder: Description,
+        encoder: EncoderDescription,
         suite: Suite,
         views: Sequence[View],
         store: Path,
-        options: EncodeOptions,
+        options: SuiteEncodeOptions,
         progress: Progress,
     ) -> None:
         self.stop: StopRule | None = None
@@ -277,12 +279,12 @@ class _Scoring:
         self.progress = progress
         self.notes: list[str] = []
         self.vectors = TaskVectors(encoder, store, options, self.say)
-        self.sampler = Sampler()
+        self.sampler = FidelitySampler()
         self.folders: dict[str, TaskFolder] = {}
         self.done: dict[tuple[str, str], FinishedTask] = {}
         self.failed: dict[str, list[FailedTask]] = {view.sha256: [] for view in views}
-        self.now: dict[tuple[str, str], Encodings] = {}
-        self.machine, self.conditions = machine(), _conditions(encoder, options)
+        self.now: dict[tuple[str, str], ShardEncodings] = {}
+        self.machine, self.conditions = describe_machine(), _conditions(encoder, options)
 
     def say(self, note: str) -> None:
         """Keep a note for the reports, and show it."""
@@ -355,8 +357,8 @@ class _Scoring:
         generators = deepcopy((task.task.rng_state, task.task.np_rng))
         cache.begin_task()
         waiting = self._waiting(task)
-        searches = Searches(waiting)
-        sampler: Sampler | None = Sampler()
+        searches = KeptSearches(waiting)
+        sampler: FidelitySampler | None = FidelitySampler()
         for view in waiting:
             task.task.rng_state, task.task.np_rng = deepcopy(generators)
             progress = _renamed(self.progress, f"{view.name}: {task.name} ({number})")
@@ -376,8 +378,8 @@ class _Scoring:
         task: ResolvedTask,
         view: View,
         cache: VectorCache,
-        searches: Searches,
-        sampler: Sampler | None,
+        searches: KeptSearches,
+        sampler: FidelitySampler | None,
         progress: Progress,
     ) -> FinishedTask | None:
         """Scores of one task and view; None if the task fails, and the reason is recorded."""
@@ -441,8 +443,8 @@ class _Scoring:
             vectors=view.vectors,
             machine=machine_,
             versions=versions_,
-            encodings=sum(took.values(), Encodings()),
-            encodings_now=sum(took_now.values(), Encodings()),
+            encodings=sum(took.values(), ShardEncodings()),
+            encodings_now=sum(took_now.values(), ShardEncodings()),
             notes=(*self.notes, *earlier),
             hub_id=self.encoder.checkpoint.hub_id,
         )
@@ -460,13 +462,13 @@ def _by_score(name: str, finished: FinishedTask) -> Iterator[tuple[SampleKey, Sa
 
 
 def _measured_on(
-    tasks: Mapping[str, FinishedTask], machine_now: Machine, versions_now: Conditions
-) -> tuple[Machine, Conditions, list[str]]:
+    tasks: Mapping[str, FinishedTask], machine_now: MachineRecord, versions_now: Conditions
+) -> tuple[MachineRecord, Conditions, list[str]]:
     """The environment of a run's scores, and a note for each other environment of some scores.
 
     It is the current environment if any task was scored in it, otherwise that of the first task.
     """
-    environments: dict[str, tuple[Machine, Conditions, list[str]]] = {}
+    environments: dict[str, tuple[MachineRecord, Conditions, list[str]]] = {}
     for name, task in tasks.items():
         key = f"{task.machine!r} {sorted(task.versions.items())}"
         environments.setdefault(key, (task.machine, task.versions, []))[2].append(name)
@@ -484,7 +486,7 @@ def _measured_on(
 
 
 def differing_conditions(
-    first: tuple[Machine, Conditions], second: tuple[Machine, Conditions]
+    first: tuple[MachineRecord, Conditions], second: tuple[MachineRecord, Conditions]
 ) -> str:
     """Names and values of the first environment that differ in the second; "" if none does."""
     facts, other_facts = ({**dict(machine), **versions} for machine, versions in (first, second))
@@ -522,7 +524,7 @@ class _TaskLookahead:
 
     def __init__(
         self,
-        options: EncodeOptions,
+        options: SuiteEncodeOptions,
         cache: VectorCache,
         tasks: Sequence[ResolvedTask],
         caches: Sequence[VectorCache | None],
@@ -566,11 +568,11 @@ def _renamed(progress: Progress, task: str) -> Progress:
     return renamed
 
 
-def _conditions(encoder: Description, options: EncodeOptions) -> Conditions:
+def _conditions(encoder: EncoderDescription, options: SuiteEncodeOptions) -> Conditions:
     import torch
 
     return {
-        **versions(),
+        **read_library_versions(),
         **{name: version(name) for name in _LIBRARIES},
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "device": str(encoder.device),

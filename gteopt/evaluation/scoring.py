@@ -14,11 +14,16 @@ from typing import Any
 
 from gteopt.errors import NumericsError, UnsupportedError
 from gteopt.evaluation.mteb_model import TaskModel
-from gteopt.evaluation.mteb_results import write_results
+from gteopt.evaluation.mteb_results import write_mteb_results
 from gteopt.evaluation.per_item_scores import Samples
-from gteopt.evaluation.predictions import TOLERANCE, collect, read_predictions, record_draws_
-from gteopt.evaluation.stopping import StopRule, rows_of
-from gteopt.evaluation.task_parts import only
+from gteopt.evaluation.predictions import (
+    TOLERANCE,
+    read_predictions,
+    record_draws_,
+    samples_from_predictions,
+)
+from gteopt.evaluation.stopping import StopRule, first_scored_rows
+from gteopt.evaluation.task_parts import restrict_task
 from gteopt.evaluation.task_store import SubsetScore
 from gteopt.evaluation.tasks import ResolvedTask, n_samples
 
@@ -60,7 +65,9 @@ def score_task(
                 score = score.model_copy(update={"sequential": at_end})
             scores.append(score)
     if everything:
-        write_results(store, model.mteb_model_meta, resolved, everything, monotonic() - started)
+        write_mteb_results(
+            store, model.mteb_model_meta, resolved, everything, monotonic() - started
+        )
     return tuple(scores), samples
 
 
@@ -74,7 +81,9 @@ def _stopped(
     key = name, split, score_subset
     for look in stop.looks(key) if stop is not None else ():
         assert stop is not None
-        with only(resolved.task, split, subset, rows_of(look.n_all, look.n_scored)):
+        with restrict_task(
+            resolved.task, split, subset, first_scored_rows(look.n_all, look.n_scored)
+        ):
             ((_, score, entries, _),) = _evaluated(model, resolved, split, [subset])
         if entries is None or entries.n_units != look.n_scored:
             return None  # the entries are not the items, so all of the task is scored
@@ -98,7 +107,7 @@ def _evaluated(
             prediction_folder=Path(folder),
         )
         predictions = read_predictions(resolved.task, Path(folder))
-    entries = dict(collect(resolved.task, split, predictions, draws))
+    entries = dict(samples_from_predictions(resolved.task, split, predictions, draws))
     for subset, metrics in by_subset.items():
         score = float(metrics["main_score"])
         if not math.isfinite(score):

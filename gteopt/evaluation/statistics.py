@@ -24,7 +24,7 @@ from scipy.special import stdtr, stdtrit
 
 from gteopt.evaluation.chance import Chance, chance_of
 from gteopt.evaluation.per_item_scores import CLUSTERINGS, Array, Floats, Samples
-from gteopt.records.evaluation import Correction, Difference, EvalReport, Verdict
+from gteopt.records.evaluation import Correction, EvalReport, ScoreDifference, Verdict
 
 N_RESAMPLES = 1000
 LEVEL = 0.95
@@ -37,7 +37,7 @@ _NORMAL_FROM = 1e6  # degrees of freedom from which Student's t counts as normal
 _Z = _NORMAL.inv_cdf((1 + LEVEL) / 2)
 
 Key = TypeVar("Key")
-Claims = dict[tuple[str, ...], tuple[Difference, float]]
+Claims = dict[tuple[str, ...], tuple[ScoreDifference, float]]
 """The differences of one family of claims, with their margins."""
 
 
@@ -69,7 +69,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Resampled:
+class ResampledScores:
     """One model's scores on resamples of its units; a baseline's are reused in every comparison.
 
     Attributes:
@@ -94,7 +94,9 @@ class Resampled:
         return chance_of(self.samples)
 
 
-def resample(samples: Samples, *, n_resamples: int = N_RESAMPLES, seed: int = _SEED) -> Resampled:
+def resample_scores(
+    samples: Samples, *, n_resamples: int = N_RESAMPLES, seed: int = _SEED
+) -> ResampledScores:
     """Score resamples of one model's units; see `paired_draws`."""
     blocks = _in_blocks(samples)
     n_units = blocks.n_units
@@ -105,7 +107,7 @@ def resample(samples: Samples, *, n_resamples: int = N_RESAMPLES, seed: int = _S
         for size in _chunk_sizes(n_resamples, n_units)
     ]
     whole = blocks.by_experiment(np.ones((1, n_units)))[0]
-    return Resampled(
+    return ResampledScores(
         samples,
         np.concatenate(drawn),
         whole,
@@ -117,7 +119,7 @@ def resample(samples: Samples, *, n_resamples: int = N_RESAMPLES, seed: int = _S
 
 def paired_draws(
     variant: Samples,
-    baseline: Samples | Resampled,
+    baseline: Samples | ResampledScores,
     *,
     same_model: bool = False,
     n_resamples: int = N_RESAMPLES,
@@ -164,9 +166,9 @@ def paired_draws(
     if variant.n_units < MIN_UNITS:
         return None
     if isinstance(baseline, Samples):
-        baseline = resample(baseline, n_resamples=n_resamples, seed=seed)
+        baseline = resample_scores(baseline, n_resamples=n_resamples, seed=seed)
     assert variant.pairs_with(baseline.samples)
-    ours = resample(variant, n_resamples=n_resamples, seed=seed)
+    ours = resample_scores(variant, n_resamples=n_resamples, seed=seed)
     return _draws(ours, baseline, same_model=same_model)
 
 
@@ -179,8 +181,8 @@ def own_draws(
     """
     if samples.n_units < MIN_UNITS:
         return None
-    ours = resample(samples, n_resamples=n_resamples, seed=seed)
-    zero = Resampled(  # a baseline that scores 0 on all texts
+    ours = resample_scores(samples, n_resamples=n_resamples, seed=seed)
+    zero = ResampledScores(  # a baseline that scores 0 on all texts
         samples,
         np.zeros_like(ours.drawn),
         np.zeros_like(ours.whole),
@@ -191,7 +193,7 @@ def own_draws(
     return _draws(ours, zero, same_model=False).variant
 
 
-def _draws(variant: Resampled, baseline: Resampled, *, same_model: bool) -> Draws:
+def _draws(variant: ResampledScores, baseline: ResampledScores, *, same_model: bool) -> Draws:
     by_experiment = variant.drawn - baseline.drawn  # [R, E]
     drawn, baseline_drawn = by_experiment.mean(axis=1), baseline.drawn.mean(axis=1)
     whole = variant.whole - baseline.whole  # [E]
@@ -228,7 +230,7 @@ def _draws(variant: Resampled, baseline: Resampled, *, same_model: bool) -> Draw
     return Draws(centred + difference, centred, freedom, deviation == 0)
 
 
-def mean_of(draws: Sequence[Draws]) -> Draws:
+def mean_draws(draws: Sequence[Draws]) -> Draws:
     """Draws of the mean over subsets of a task, or over tasks.
 
     Degrees of freedom follow Welch (1947) and Satterthwaite (1946), which hold for independent
@@ -250,7 +252,7 @@ def mean_of(draws: Sequence[Draws]) -> Draws:
     )
 
 
-def interval(values: Floats) -> tuple[float, float]:
+def interval_of_draws(values: Floats) -> tuple[float, float]:
     """Ends of the 95 % interval of draws [R]."""
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
@@ -281,7 +283,7 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]:
     return adjusted
 
 
-def p_equivalent(difference: Difference, margin: float) -> float:
+def p_equivalent(difference: ScoreDifference, margin: float) -> float:
     """One-sided p-value of a true difference at or beyond the margin.
 
     It is the larger p-value of two one-sided tests (Schuirmann 1987). The standard error is
@@ -295,15 +297,17 @@ def p_equivalent(difference: Difference, margin: float) -> float:
     return float(stdtr(freedom, -room / half_width * _t_quantile(freedom)))
 
 
-def difference_of(draws: Draws, value: float) -> Difference:
-    """The record of one difference with the observed `value`; `settle` gives its verdict."""
-    low, high = interval(draws.difference)
+def difference_of(draws: Draws, value: float) -> ScoreDifference:
+    """One difference with the observed `value`; `correct_verdicts` gives its verdict."""
+    low, high = interval_of_draws(draws.difference)
     p = p_value(value, draws)
     freedom = None if draws.freedom >= _NORMAL_FROM else draws.freedom
-    return Difference(value=value, low=low, high=high, verdict="undecided", p=p, freedom=freedom)
+    return ScoreDifference(
+        value=value, low=low, high=high, verdict="undecided", p=p, freedom=freedom
+    )
 
 
-def settle(
+def correct_verdicts(
     reports: Mapping[str, EvalReport], correction: Correction = "family"
 ) -> dict[str, EvalReport]:
     """The same reports with verdicts that are corrected for all claims of the reports together.
@@ -334,9 +338,9 @@ def settle(
         for name, report in others.items()
         if report.difference is not None
     }
-    verdicts = judge(by_task, correction) | judge(by_suite, correction)
+    verdicts = judge_claims(by_task, correction) | judge_claims(by_suite, correction)
 
-    def decided(difference: Difference | None, *key: str) -> Difference | None:
+    def decided(difference: ScoreDifference | None, *key: str) -> ScoreDifference | None:
         if difference is None:
             return None
         # A baseline that is compared with itself is in no family; it is equivalent.
@@ -363,22 +367,24 @@ def settle(
     return {name: settled(name, report) for name, report in reports.items()}
 
 
-def judge(
-    claims: Mapping[Key, tuple[Difference, float]], correction: Correction = "family"
+def judge_claims(
+    claims: Mapping[Key, tuple[ScoreDifference, float]], correction: Correction = "family"
 ) -> dict[Key, Verdict]:
-    """The verdict on each difference of one family; each has a margin. See `settle`."""
+    """The verdict on each difference of one family; each has a margin. See `correct_verdicts`."""
     correct: Any = holm if correction == "family" else dict
     p_different = correct({key: difference.p for key, (difference, _) in claims.items()})
     p_same = correct(
         {key: p_equivalent(difference, margin) for key, (difference, margin) in claims.items()}
     )
     return {
-        key: verdict(difference, p_different=p_different[key], p_same=p_same[key])
+        key: statistical_verdict(difference, p_different=p_different[key], p_same=p_same[key])
         for key, (difference, _) in claims.items()
     }
 
 
-def verdict(difference: Difference, *, p_different: float, p_same: float) -> Verdict:
+def statistical_verdict(
+    difference: ScoreDifference, *, p_different: float, p_same: float
+) -> Verdict:
     """The verdict on a difference.
 
     Args:

@@ -23,7 +23,7 @@ from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from gteopt.evaluation.per_item_scores import CLUSTERINGS, Array, Floats, Samples
 from gteopt.evaluation.statistics import LEVEL, MIN_UNITS, Draws, difference_of, paired_draws
-from gteopt.records.evaluation import Difference, Sequential, Verdict
+from gteopt.records.evaluation import ScoreDifference, SequentialTest, Verdict
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75)
 """Shares of the items at the looks before the last."""
@@ -34,7 +34,7 @@ _MIN_ITEMS = 5 * MIN_UNITS  # with fewer, a mean is not normal enough in the far
 
 
 @lru_cache
-def boundaries(fractions: tuple[float, ...], error_rate: float) -> tuple[float, ...]:
+def stopping_boundaries(fractions: tuple[float, ...], error_rate: float) -> tuple[float, ...]:
     """By how many standard errors a difference must be off at each look, two-sided.
 
     The probability that a Brownian motion B(t) exceeds `boundary * sqrt(t)` on either side at any
@@ -103,33 +103,33 @@ class StopRule:
         """Identifies everything that a stopped score depends on besides its task and model."""
         return f"{self.baseline_sha256} {self.margin:g} {self.n_claims} {FRACTIONS}"
 
-    def looks(self, key: tuple[str, str, str]) -> list[Sequential]:
+    def looks(self, key: tuple[str, str, str]) -> list[SequentialTest]:
         """The looks at a task, split and subset before its end; empty if it cannot be stopped."""
         samples = self.baseline.get(key)
-        if samples is None or not can_be_parted(samples):
+        if samples is None or not can_stop_early(samples):
             return []
         return _looks(samples.n_units, self.error_rate)[:-1]
 
-    def at_end(self, key: tuple[str, str, str]) -> Sequential | None:
+    def at_end(self, key: tuple[str, str, str]) -> SequentialTest | None:
         """The last look, at all items of a score; None if the score has no earlier looks."""
         samples = self.baseline.get(key)
         if samples is None or not self.looks(key):
             return None
         return _looks(samples.n_units, self.error_rate)[-1]
 
-    def is_decided(self, key: tuple[str, str, str], part: Samples, look: Sequential) -> bool:
+    def is_decided(self, key: tuple[str, str, str], part: Samples, look: SequentialTest) -> bool:
         """Whether the verdict is certain from these entries, which are of the look's items."""
-        theirs = part_of(self.baseline[key], look.n_scored)
+        theirs = first_scored_part(self.baseline[key], look.n_scored)
         if not part.pairs_with(theirs):
             return False
         draws = paired_draws(part, theirs)
         if draws is None:
             return False
-        difference = difference_of(widened(draws, look), part.score() - theirs.score())
-        return decided(difference, self.margin, look.error_rate) is not None
+        difference = difference_of(widen_for_looks(draws, look), part.score() - theirs.score())
+        return early_verdict(difference, self.margin, look.error_rate) is not None
 
 
-def decided(difference: Difference, margin: float, error_rate: float) -> Verdict | None:
+def early_verdict(difference: ScoreDifference, margin: float, error_rate: float) -> Verdict | None:
     """The verdict that more items would not change, at a two-sided error rate; None if open.
 
     An interval inside the margin is "equivalent", and an interval beyond the margin is "worse" or
@@ -149,18 +149,18 @@ def decided(difference: Difference, margin: float, error_rate: float) -> Verdict
     return "worse" if difference.value < 0 else "better"
 
 
-def widened(draws: Draws, look: Sequential) -> Draws:
+def widen_for_looks(draws: Draws, look: SequentialTest) -> Draws:
     """Draws whose difference is spread further, to make up for several looks.
 
     Tests of this difference at the look's error rate then hold for all looks together.
     """
-    wider = widening(look, draws.freedom, is_unchanged=draws.is_unchanged)
+    wider = look_widening(look, draws.freedom, is_unchanged=draws.is_unchanged)
     difference = draws.difference
     deviations = difference - difference.mean()
     return replace(draws, variant=draws.baseline + difference.mean() + wider * deviations)
 
 
-def widening(look: Sequential, freedom: float, *, is_unchanged: bool = False) -> float:
+def look_widening(look: SequentialTest, freedom: float, *, is_unchanged: bool = False) -> float:
     """How many times longer the interval of a look is than the interval of a single test.
 
     Args:
@@ -178,7 +178,7 @@ def widening(look: Sequential, freedom: float, *, is_unchanged: bool = False) ->
     return max(1.0, longer * float(stdtrit(freedom, single)) / at_rate)
 
 
-def can_be_parted(samples: Samples) -> bool:
+def can_stop_early(samples: Samples) -> bool:
     """Whether a part of the items has a score of the same kind as all items.
 
     In clusterings, translations and F1 over classes, the score of an item depends on the others.
@@ -188,7 +188,7 @@ def can_be_parted(samples: Samples) -> bool:
     return independent and named and samples.n_units * FRACTIONS[0] >= _MIN_ITEMS
 
 
-def rows_of(n_all: int, n_scored: int) -> Array:
+def first_scored_rows(n_all: int, n_scored: int) -> Array:
     """Indices [n_scored] of the items that are scored first: the start of a seeded random order.
 
     They are returned in ascending order.
@@ -197,9 +197,9 @@ def rows_of(n_all: int, n_scored: int) -> Array:
     return np.sort(order[:n_scored])
 
 
-def part_of(samples: Samples, n_scored: int) -> Samples:
+def first_scored_part(samples: Samples, n_scored: int) -> Samples:
     """The entries of the items that are scored first."""
-    rows = rows_of(samples.n_units, n_scored)
+    rows = first_scored_rows(samples.n_units, n_scored)
     arrays = {name: array[..., rows] for name, array in samples.arrays.items()}
     if "texts" in arrays:  # renumbered in order of appearance, as for a data set of these pairs
         _, first, number = np.unique(arrays["texts"], return_index=True, return_inverse=True)
@@ -208,11 +208,11 @@ def part_of(samples: Samples, n_scored: int) -> Samples:
     return replace(samples, arrays=arrays)
 
 
-def _looks(n_all: int, error_rate: float) -> list[Sequential]:
+def _looks(n_all: int, error_rate: float) -> list[SequentialTest]:
     sizes: Sequence[int] = [*(math.ceil(share * n_all) for share in FRACTIONS), n_all]
-    bounds = boundaries(tuple(size / n_all for size in sizes), error_rate)
+    bounds = stopping_boundaries(tuple(size / n_all for size in sizes), error_rate)
     return [
-        Sequential(
+        SequentialTest(
             n_scored=size, n_all=n_all, nominal=2 * float(ndtr(-bound)), error_rate=error_rate
         )
         for size, bound in zip(sizes, bounds, strict=True)

@@ -174,7 +174,7 @@ def read_protocol(name_or_file: str) -> Protocol:
     return read_yaml(find_yaml("eval/protocols", name_or_file), Protocol)
 
 
-def with_data(
+def add_own_task(
     suite: Suite | None,
     path: Path,
     *,

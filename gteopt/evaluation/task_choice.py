@@ -20,7 +20,7 @@ from pydantic import Field
 from gteopt.errors import InputError
 from gteopt.evaluation.suites import StandsFor, Suite
 from gteopt.frozen import Frozen
-from gteopt.paths import read_shipped, shipped_dir
+from gteopt.paths import read_shipped_json, shipped_dir
 from gteopt.records.evaluation import SuiteForecast
 
 RATE = 0.9
@@ -30,7 +30,7 @@ _NOTHING_LEFT = 1e-12
 Floats = npt.NDArray[np.float64]
 
 
-def foretold(stands: StandsFor, scores: Mapping[str, float]) -> SuiteForecast | None:
+def forecast_suite_mean(stands: StandsFor, scores: Mapping[str, float]) -> SuiteForecast | None:
     """The forecast of the whole suite's mean from the part's scores; None if a score is missing."""
     if not stands.weights.keys() <= scores.keys():
         return None
@@ -44,7 +44,7 @@ def foretold(stands: StandsFor, scores: Mapping[str, float]) -> SuiteForecast | 
     )
 
 
-def part_in_words(part: Suite) -> str:
+def describe_suite_part(part: Suite) -> str:
     """A sentence on the tasks that are scored and the error of the forecast; "" for no part."""
     stands = part.stands_for
     if stands is None:
@@ -85,10 +85,10 @@ def read_task_scores() -> Mapping[str, TaskScores]:
     Raises:
         IntegrityError: the installation is damaged.
     """
-    return read_shipped(shipped_dir("eval/suites") / "scores.json", _File).suites
+    return read_shipped_json(shipped_dir("eval/suites") / "scores.json", _File).suites
 
 
-def part_within(suite: Suite, seconds_by_task: Mapping[str, float], budget_s: float) -> Suite:
+def choose_suite_part(suite: Suite, seconds_by_task: Mapping[str, float], budget_s: float) -> Suite:
     """The tasks of a suite that fit a time limit and best forecast the suite's mean.
 
     Args:
@@ -129,9 +129,9 @@ def part_within(suite: Suite, seconds_by_task: Mapping[str, float], budget_s: fl
             f"no task of {suite.name} fits --budget: the shortest, {tasks[shortest]}, takes about "
             f"{costs[shortest]:,.0f} s"
         )
-    forecast = fit(values[choosing], chosen)
+    forecast = fit_forecast(values[choosing], chosen)
     held_out = values[~choosing]
-    error = covering(np.abs(forecast.of(held_out) - held_out.mean(axis=1)), RATE)
+    error = conformal_bound(np.abs(forecast.of(held_out) - held_out.mean(axis=1)), RATE)
     stands = StandsFor(
         suite=suite.name,
         n_tasks=len(tasks),
@@ -172,7 +172,7 @@ class Forecast:
         return forecasts
 
 
-def fit(values: Floats, chosen: tuple[int, ...]) -> Forecast:
+def fit_forecast(values: Floats, chosen: tuple[int, ...]) -> Forecast:
     """The linear forecast of the mean with the least expected squared error, from scores [M, n].
 
     With covariances C of the tasks and c = C 1 / n, the weights are C_SS^-1 c_S. C is shrunk
@@ -219,7 +219,7 @@ def _greedy(
         left = left - np.outer(left[best], left[best]) / left[best, best]
 
 
-def covering(errors: Floats, rate: float) -> float:
+def conformal_bound(errors: Floats, rate: float) -> float:
     """A bound on the error of one more model that holds at this rate for any distribution.
 
     The split-conformal quantile (Lei et al. 2018); infinite for too few models.

@@ -18,7 +18,7 @@ from pydantic import Field
 from gteopt.errors import InputError
 from gteopt.evaluation.suites import Protocol, Suite, SuiteTask
 from gteopt.frozen import Frozen
-from gteopt.paths import read_shipped, shipped_dir
+from gteopt.paths import read_shipped_json, shipped_dir
 
 INSTRUCTION_TOKENS = 25
 """Assumed length of the instruction, which all texts have but the documents of a search."""
@@ -75,11 +75,11 @@ def read_task_facts() -> Mapping[str, TaskFacts]:
     Raises:
         IntegrityError: the installation is damaged.
     """
-    return read_shipped(shipped_dir("eval/suites") / "tasks.json", _File).tasks
+    return read_shipped_json(shipped_dir("eval/suites") / "tasks.json", _File).tasks
 
 
 @dataclass(frozen=True)
-class Amount:
+class TaskAmount:
     """Estimated texts and tokens that scoring will encode.
 
     Attributes:
@@ -92,15 +92,15 @@ class Amount:
     n_tokens: int = 0
     n_characters: int = 0
 
-    def __add__(self, other: Amount) -> Amount:
-        return Amount(
+    def __add__(self, other: TaskAmount) -> TaskAmount:
+        return TaskAmount(
             self.n_texts + other.n_texts,
             self.n_tokens + other.n_tokens,
             self.n_characters + other.n_characters,
         )
 
 
-def amount_of(task: SuiteTask, max_tokens: int | None = None) -> Amount | None:
+def task_amount(task: SuiteTask, max_tokens: int | None = None) -> TaskAmount | None:
     """Texts and tokens of one entry of a suite; None if the task is not known.
 
     Args:
@@ -111,9 +111,9 @@ def amount_of(task: SuiteTask, max_tokens: int | None = None) -> Amount | None:
     if facts is None:
         return None
     if facts.parts:
-        amounts = [amount_of(SuiteTask(task=part, splits=task.splits)) for part in facts.parts]
-        return sum((amount for amount in amounts if amount is not None), Amount())
-    total = Amount()
+        amounts = [task_amount(SuiteTask(task=part, splits=task.splits)) for part in facts.parts]
+        return sum((amount for amount in amounts if amount is not None), TaskAmount())
+    total = TaskAmount()
     for split in task.splits or tuple(facts.sizes):
         for subset, size in facts.sizes.get(split, {}).items():
             if task.subsets is None or subset in (*task.subsets, "*"):
@@ -121,7 +121,7 @@ def amount_of(task: SuiteTask, max_tokens: int | None = None) -> Amount | None:
     return total
 
 
-def _amount(size: TextCount, languages: Iterable[str], max_tokens: int | None) -> Amount:
+def _amount(size: TextCount, languages: Iterable[str], max_tokens: int | None) -> TaskAmount:
     rates = [CHARACTERS_PER_TOKEN.get(code, 3.0) for code in languages] or [3.0]
     rate = sum(rates) / len(rates)
     texts = size.n_characters / rate + INSTRUCTION_TOKENS * size.n_texts
@@ -129,7 +129,7 @@ def _amount(size: TextCount, languages: Iterable[str], max_tokens: int | None) -
     if max_tokens is not None:
         texts = min(texts, max_tokens * size.n_texts)
         documents = min(documents, max_tokens * size.n_documents)
-    return Amount(
+    return TaskAmount(
         size.n_texts + size.n_documents,
         round(texts + documents),
         size.n_characters + size.n_document_characters,
@@ -217,7 +217,7 @@ def _in_languages(task: SuiteTask, facts: TaskFacts, wanted: set[str]) -> SuiteT
     )
 
 
-def under_protocol(suite: Suite, protocol: Protocol) -> Suite:
+def apply_protocol(suite: Suite, protocol: Protocol) -> Suite:
     """The suite as a model's authors would score it; settings of single tasks are kept."""
     facts = read_task_facts()
 

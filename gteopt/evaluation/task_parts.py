@@ -23,7 +23,7 @@ from gteopt.evaluation.predictions import merges_queries
 
 
 @contextmanager
-def only(task: Any, split: str, subset: str, rows: Array) -> Iterator[None]:
+def restrict_task(task: Any, split: str, subset: str, rows: Array) -> Iterator[None]:
     """Restrict one split and subset of a task to some items inside the `with` block.
 
     Args:

@@ -23,20 +23,20 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from gteopt.corpus.shards import Encodings
+from gteopt.corpus.shards import ShardEncodings
 from gteopt.corpus.vector_cache import CacheDtype, vector_identity
 from gteopt.errors import IntegrityError
-from gteopt.evaluation.fidelity import Sample, read_sample, write_sample
-from gteopt.evaluation.instructions import TaskInstruction, on_documents
+from gteopt.evaluation.fidelity import FidelitySample, read_fidelity_sample, write_fidelity_sample
+from gteopt.evaluation.instructions import TaskInstruction, instructs_documents
 from gteopt.evaluation.per_item_scores import Samples, read_samples, write_samples
 from gteopt.evaluation.views import View
 from gteopt.frozen import Frozen
-from gteopt.records.environment import Conditions, Machine
-from gteopt.records.evaluation import Sequential
+from gteopt.records.environment import Conditions, MachineRecord
+from gteopt.records.evaluation import SequentialTest
 from gteopt.records.files import read_record, write_record
 
 if TYPE_CHECKING:
-    from gteopt.encoder.description import Description
+    from gteopt.encoder.description import EncoderDescription
     from gteopt.evaluation.tasks import ResolvedTask
 
 
@@ -61,7 +61,7 @@ class SubsetScore(Frozen):
     dataset_revision: str
     n_samples: int
     no_samples: str | None = None
-    sequential: Sequential | None = None
+    sequential: SequentialTest | None = None
 
     @property
     def is_stopped(self) -> bool:
@@ -82,8 +82,8 @@ class StoredTask(Frozen):
     schema_: Literal["gteopt.task/5"] = Field(alias="schema")
     key: dict[str, str | None]
     scores: tuple[SubsetScore, ...]
-    encodings: Encodings
-    machine: Machine
+    encodings: ShardEncodings
+    machine: MachineRecord
     versions: Conditions
 
 
@@ -93,8 +93,8 @@ class FinishedTask:
 
     scores: tuple[SubsetScore, ...]
     samples: Mapping[tuple[str, str], Samples]
-    encodings: Encodings
-    machine: Machine
+    encodings: ShardEncodings
+    machine: MachineRecord
     versions: Conditions
 
 
@@ -108,7 +108,7 @@ class TaskFolder:
 
     @staticmethod
     def of(
-        encoder: Description,
+        encoder: EncoderDescription,
         task: ResolvedTask,
         store: Path,
         dtype: CacheDtype,
@@ -143,11 +143,11 @@ class TaskFolder:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return TaskFolder(store / "tasks" / f"{task.name}-{digest[:16]}", task.name, key)
 
-    def sample(self) -> Sample | None:
+    def sample(self) -> FidelitySample | None:
         """The sample of vectors; None if the file is missing or damaged."""
         path = self.folder / _SAMPLE_FILE
         try:
-            return read_sample(path) if path.is_file() else None
+            return read_fidelity_sample(path) if path.is_file() else None
         except IntegrityError:
             return None
 
@@ -167,9 +167,9 @@ class TaskFolder:
             record.scores, samples, record.encodings, record.machine, record.versions
         )
 
-    def write_sample(self, sample: Sample) -> None:
+    def write_sample(self, sample: FidelitySample) -> None:
         """Save the sample of vectors."""
-        write_sample(self.folder / _SAMPLE_FILE, sample)
+        write_fidelity_sample(self.folder / _SAMPLE_FILE, sample)
 
     def write(self, view: View, finished: FinishedTask) -> None:
         """Save scores; the record is written last, so that its entries exist when it does."""
@@ -191,12 +191,12 @@ class TaskFolder:
         return self.folder / f"{view.vectors.sha256()[:16]}.{kind}"
 
 
-def instruction_of(encoder: Description, task: ResolvedTask) -> TaskInstruction:
+def instruction_of(encoder: EncoderDescription, task: ResolvedTask) -> TaskInstruction:
     """The instruction that an encoder scores a task with."""
     if not encoder.takes_instructions:
         return TaskInstruction()
     family = encoder.checkpoint.family
-    known = on_documents(family.name if family else None, task.name)
+    known = instructs_documents(family.name if family else None, task.name)
     return TaskInstruction(task.instruction, known if task.symmetric is None else task.symmetric)
 
 

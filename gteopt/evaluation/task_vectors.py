@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from gteopt.corpus.shards import LocalEncoding
 from gteopt.corpus.vector_cache import VectorCache
-from gteopt.encoder.changed_encoder import changed_encoder
+from gteopt.encoder.changed_encoder import change_encoder
 
 if TYPE_CHECKING:
-    from gteopt.encoder.description import Description
-    from gteopt.evaluation.runner import EncodeOptions
+    from gteopt.encoder.description import EncoderDescription
+    from gteopt.evaluation.runner import SuiteEncodeOptions
     from gteopt.evaluation.tasks import ResolvedTask
 
 
@@ -25,9 +25,9 @@ class TaskVectors:
 
     def __init__(
         self,
-        encoder: Description,
+        encoder: EncoderDescription,
         store: Path,
-        options: EncodeOptions,
+        options: SuiteEncodeOptions,
         say: Callable[[str], None],
     ) -> None:
         """Prepare for caches in folders of `store`; no cache is opened yet."""
@@ -58,7 +58,7 @@ class TaskVectors:
         if max_tokens < encoder.tokenization.max_tokens or not normalize:
             if encode is not None:
                 encode = encode.changed(max_tokens, normalize=normalize)
-            encoder = changed_encoder(encoder, max_tokens, normalize=normalize)
+            encoder = change_encoder(encoder, max_tokens, normalize=normalize)
             folder = f"vectors-{max_tokens}{'' if normalize else '-any-length'}"
         cache = VectorCache(
             encoder,

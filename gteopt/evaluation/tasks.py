@@ -26,14 +26,14 @@ from mteb.abstasks import (
 from mteb.get_tasks import TASK_LIST
 
 from gteopt.config.yaml_files import find_yaml, read_yaml
-from gteopt.errors import InputError, join_problems, suggest
+from gteopt.errors import InputError, join_problems, suggest_names
 from gteopt.evaluation.data_check import fetch_command
 from gteopt.evaluation.data_faults import data_faults
 from gteopt.evaluation.instructions import INSTRUCTIONS
 from gteopt.evaluation.mini_tasks import _MINI_DIR, _MINI_PATH, MINI_TASKS, _dataset
-from gteopt.evaluation.mteb_isolation import isolated
+from gteopt.evaluation.mteb_isolation import isolate_mteb
 from gteopt.evaluation.suites import Suite, SuiteTask
-from gteopt.evaluation.user_data import Collection, Pairs, read_own
+from gteopt.evaluation.user_data import Collection, Pairs, read_own_data
 from gteopt.local_data import LocalData, describe_local_data, downloaded_commit
 from gteopt.paths import shipped_dir
 
@@ -58,7 +58,7 @@ def check_tasks(suite: Suite, name: str) -> None:
     Raises:
         InputError: lists all problems; `name` stands for the suite in the message.
     """
-    with isolated(offline=True):
+    with isolate_mteb(offline=True):
         problems = suite_problems(suite)
     if problems:
         raise InputError(join_problems(f"{name} has {len(problems)} problem(s)", problems))
@@ -140,12 +140,12 @@ def suite_problems(suite: Suite) -> list[str]:
             if subset not in metadata.hf_subsets:
                 problems.append(
                     f"task '{entry.task}' has no subset '{subset}': "
-                    f"{suggest(subset, metadata.hf_subsets)}"
+                    f"{suggest_names(subset, metadata.hf_subsets)}"
                 )
     return problems
 
 
-def resolve(suite: Suite, hub_dir: Path | None) -> list[ResolvedTask]:
+def resolve_tasks(suite: Suite, hub_dir: Path | None) -> list[ResolvedTask]:
     """Find every task of a suite and its data, without loading the data.
 
     Raises:
@@ -183,7 +183,7 @@ def hub_datasets() -> dict[str, str]:
     }
 
 
-def load_data(tasks: Sequence[ResolvedTask]) -> None:
+def load_task_data(tasks: Sequence[ResolvedTask]) -> None:
     """Load the data of tasks, before anything is encoded.
 
     Raises:
@@ -399,7 +399,7 @@ def _parts_by_aggregate(suite: Suite) -> dict[str, list[str]]:
 
 def _aggregate_problems(entry: SuiteTask, names: Sequence[str]) -> list[str]:
     problems = [
-        f"task '{entry.task}' has no part '{name}': {suggest(name, names)}"
+        f"task '{entry.task}' has no part '{name}': {suggest_names(name, names)}"
         for name in entry.parts or ()
         if name not in names
     ]
@@ -434,7 +434,7 @@ def _resolve_own(entry: SuiteTask, path: Path) -> ResolvedTask:
     Raises:
         InputError: lists all faults of the data.
     """
-    own = read_own(path, entry.columns)
+    own = read_own_data(path, entry.columns)
     task = _own_task(entry.task, own)
     splits = tuple(own.qrels) if isinstance(own, Collection) else ("test",)
     unknown = [split for split in entry.splits or () if split not in splits]

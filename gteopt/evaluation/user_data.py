@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from gteopt.config.plan import ColumnRole
-from gteopt.config.text_files import read_lines, read_rows
+from gteopt.config.text_files import read_text_lines, read_text_rows
 from gteopt.errors import InputError, join_problems
-from gteopt.evaluation.own_tables import FORMS, Table, read_table
+from gteopt.evaluation.own_tables import FORMS, OwnTable, read_own_table
 
 _MAX_SHOWN = 20  # problems that a message lists; a wrong separator breaks every line
 _MIN_PAIRS = 3
@@ -54,7 +54,9 @@ class Pairs:
     sha256: str
 
 
-def read_own(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> Collection | Pairs:
+def read_own_data(
+    path: Path, columns: Mapping[ColumnRole, str] | None = None
+) -> Collection | Pairs:
     """Read a folder in the BEIR layout, or a table of pairs or of queries with their passages.
 
     Args:
@@ -74,7 +76,7 @@ def read_own(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> Col
             f"qrels/*.tsv, or a {', '.join(FORMS[:-1])} or {FORMS[-1]} file"
         )
     problems: list[str] = []
-    table = read_table(path, problems, columns=columns)
+    table = read_own_table(path, problems, columns=columns)
     if table.kind == "search":
         own: Collection | Pairs = _as_collection(path, table, problems)
     else:
@@ -114,7 +116,7 @@ def read_collection(folder: Path) -> Collection:
     )
 
 
-def _as_pairs(path: Path, table: Table, problems: list[str]) -> Pairs:
+def _as_pairs(path: Path, table: OwnTable, problems: list[str]) -> Pairs:
     """Pairs of texts with a grade of similarity; only the order of the grades counts."""
     first: list[str] = []
     second: list[str] = []
@@ -145,7 +147,7 @@ def _as_pairs(path: Path, table: Table, problems: list[str]) -> Pairs:
     return Pairs(tuple(first), tuple(second), tuple(scores), _table_sha256(path, table))
 
 
-def _as_collection(path: Path, table: Table, problems: list[str]) -> Collection:
+def _as_collection(path: Path, table: OwnTable, problems: list[str]) -> Collection:
     """A collection of all passages, in which each query's positive passages are relevant.
 
     If the table has scores, a passage with a whole score above 0 is relevant, and the score is its
@@ -192,7 +194,7 @@ def _as_collection(path: Path, table: Table, problems: list[str]) -> Collection:
 
 
 def _missing(
-    table: Table, row: Mapping[ColumnRole, Any], roles: Sequence[ColumnRole]
+    table: OwnTable, row: Mapping[ColumnRole, Any], roles: Sequence[ColumnRole]
 ) -> str | None:
     """A message that names the columns without a value in a row; None if all have one."""
     missing = [table.columns[role] for role in roles if row[role] is None]
@@ -220,7 +222,7 @@ def read_texts(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> l
     problems: list[str] = []
     texts: list[str] = []
     if path.suffix in FORMS:
-        table = read_table(path, problems, kinds=("texts",), columns=columns)
+        table = read_own_table(path, problems, kinds=("texts",), columns=columns)
         for line, row in table.rows:
             if isinstance(row["text"], str):
                 texts.append(row["text"].strip())
@@ -229,7 +231,7 @@ def read_texts(path: Path, columns: Mapping[ColumnRole, str] | None = None) -> l
     elif columns:
         raise InputError(f"--columns is for a table; each line of {path} is one text")
     else:
-        texts = [line.strip() for _, line in read_lines(path, problems)]
+        texts = [line.strip() for _, line in read_text_lines(path, problems)]
     distinct = list(dict.fromkeys(text for text in texts if text))
     if not problems and len(distinct) < 2:
         problems.append(f"{path}: {len(distinct)} different texts; fidelity compares at least two")
@@ -243,7 +245,7 @@ def _read_texts(path: Path, problems: list[str]) -> dict[str, dict[str, str]]:
     by_id: dict[str, dict[str, str]] = {}
     if not path.is_file():
         return by_id
-    for line, row in read_rows(path, problems):
+    for line, row in read_text_rows(path, problems):
         row_id, text, title = row.get("_id"), row.get("text"), row.get("title", "")
         if isinstance(row_id, int):
             row_id = str(row_id)
@@ -267,7 +269,7 @@ def _read_qrels(
 ) -> dict[str, dict[str, int]]:
     grades_by_query: dict[str, dict[str, int]] = {}
     n_before = len(problems)
-    for line, content in read_lines(path, problems):
+    for line, content in read_text_lines(path, problems):
         cells = content.split("\t")
         grade = _grade(cells[2]) if len(cells) == 3 else None
         if line == 1 and len(cells) == 3 and grade is None and cells[0] not in queries:
@@ -327,7 +329,7 @@ def _sha256(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-def _table_sha256(path: Path, table: Table) -> str:
+def _table_sha256(path: Path, table: OwnTable) -> str:
     """Hash of the file and of the roles of its columns."""
     digest = hashlib.sha256(_sha256([path]).encode())
     digest.update(json.dumps(dict(table.columns), sort_keys=True).encode())

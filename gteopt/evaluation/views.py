@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gteopt.encoder.description import Description
+    from gteopt.encoder.description import EncoderDescription
     from gteopt.vectors.transform import VectorTransform
 
 
@@ -29,12 +29,12 @@ class View:
     vectors: VectorTransform
 
 
-def own_view(encoder: Description, name: str | None = None) -> View:
+def own_view(encoder: EncoderDescription, name: str | None = None) -> View:
     """The view with the transform of the base or artifact itself."""
     return View(name or encoder.name, encoder.sha256, encoder.vectors)
 
 
-def view_of(encoder: Description, vectors: VectorTransform, name: str) -> View:
+def view_of(encoder: EncoderDescription, vectors: VectorTransform, name: str) -> View:
     """The view of the same encodings with another transform."""
     if vectors.sha256() == encoder.vectors.sha256():
         return own_view(encoder, name)

@@ -12,19 +12,19 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gteopt.config.recipe import FormatChoice, FormatName, LayerScheme
-from gteopt.errors import InputError, UnsupportedError, join_problems, suggest
+from gteopt.errors import InputError, UnsupportedError, join_problems, suggest_names
 from gteopt.formats import bitsandbytes, compressed_tensors, gptq
-from gteopt.formats.packed import Config, ReadLayer, Shape
+from gteopt.formats.packed import Config, LinearShape, ReadLayer
 from gteopt.quant.affine import PackedWeight
 
-__all__ = ["FORMATS", "Config", "Format", "ReadLayer", "Shape", "choose_format", "format_of"]
+__all__ = ["FORMATS", "Config", "Format", "LinearShape", "ReadLayer", "choose_format", "format_of"]
 
 
 class Format(Protocol):
     """The functions that each format's module offers."""
 
     def problems(
-        self, schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]
+        self, schemes: Mapping[str, LayerScheme], shapes: Mapping[str, LinearShape]
     ) -> list[str]:
         """Reasons why the format cannot hold these layers; empty when it can."""
 
@@ -40,7 +40,7 @@ class Format(Protocol):
         """Names of the quantized layers, from a checkpoint's tensor names."""
 
     def from_tensors(
-        self, config: Config, name: str, shape: Shape, tensors: Mapping[str, Tensor]
+        self, config: Config, name: str, shape: LinearShape, tensors: Mapping[str, Tensor]
     ) -> ReadLayer:
         """Read one layer from its tensors, without its bias. Any writer of the format will do."""
 
@@ -60,7 +60,7 @@ _KEPT_PACKED: frozenset[FormatName] = frozenset({"gptq", "bitsandbytes"})
 def choose_format(
     wanted: FormatChoice,
     schemes: Mapping[str, LayerScheme],
-    shapes: Mapping[str, Shape],
+    shapes: Mapping[str, LinearShape],
     *,
     reads_weights: bool = False,
 ) -> FormatName:
@@ -110,5 +110,5 @@ def format_of(config: Config) -> Format:
         if name == method:
             return form
     raise UnsupportedError(
-        f"weights quantized by '{method}' cannot be read: {suggest(method, FORMATS)}"
+        f"weights quantized by '{method}' cannot be read: {suggest_names(method, FORMATS)}"
     )

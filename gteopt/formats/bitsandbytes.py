@@ -34,10 +34,10 @@ from gteopt.errors import IntegrityError, UnsupportedError
 from gteopt.formats.packed import (
     Activations,
     Config,
+    LinearShape,
     ReadLayer,
-    Shape,
     StoredCodes,
-    assemble,
+    assemble_weight,
     check_tensors,
 )
 from gteopt.quant.affine import PackedWeight
@@ -48,7 +48,7 @@ _STATE = "weight.quant_state.bitsandbytes__nf4"
 _BLOCK_SIZES = (64, 128)
 
 
-def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:
+def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, LinearShape]) -> list[str]:
     """Reasons why the format cannot hold these layers; empty when it can."""
     del shapes
     kinds = set(schemes.values())
@@ -130,7 +130,7 @@ def layers_in(names: Iterable[str]) -> list[str]:
 
 
 def from_tensors(
-    config: Config, name: str, shape: Shape, tensors: Mapping[str, Tensor]
+    config: Config, name: str, shape: LinearShape, tensors: Mapping[str, Tensor]
 ) -> ReadLayer:
     """Read one layer from its tensors, without its bias. Any writer of the format will do.
 
@@ -145,7 +145,7 @@ def from_tensors(
 
 
 def _read_int8(
-    subject: str, config: Config, shape: Shape, tensors: Mapping[str, Tensor]
+    subject: str, config: Config, shape: LinearShape, tensors: Mapping[str, Tensor]
 ) -> PackedWeight:
     wanted: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {
         "weight": (torch.int8, (shape.out_features, shape.in_features)),
@@ -161,10 +161,10 @@ def _read_int8(
     threshold = float(config.get("llm_int8_threshold", 6.0))
     zero = torch.full_like(scale, 128, dtype=torch.uint8)
     codes = StoredCodes(qweight, shape.in_features, scale, zero, 8)
-    return assemble(subject, codes, Activations(8, outliers=threshold or None))
+    return assemble_weight(subject, codes, Activations(8, outliers=threshold or None))
 
 
-def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> PackedWeight:
+def _read_nf4(subject: str, shape: LinearShape, tensors: Mapping[str, Tensor]) -> PackedWeight:
     if _STATE not in tensors:
         raise UnsupportedError(f"{subject}: '{_STATE}' is missing; only NF4 is supported, not FP4")
     state = json.loads(bytes(tensors[_STATE].tolist()))
@@ -203,7 +203,9 @@ def _read_nf4(subject: str, shape: Shape, tensors: Mapping[str, Tensor]) -> Pack
     zero = torch.full_like(scale, 8, dtype=torch.uint8)
     codes = StoredCodes(qweight, shape.in_features, scale, zero, 4)
     group_size = cast(GroupSize, width)
-    return assemble(subject, codes, Activations(), number_format="nf4", group_size=group_size)
+    return assemble_weight(
+        subject, codes, Activations(), number_format="nf4", group_size=group_size
+    )
 
 
 def _is_nf4(scheme: LayerScheme) -> bool:

@@ -40,15 +40,15 @@ from gteopt.errors import UnsupportedError
 from gteopt.formats.packed import (
     Activations,
     Config,
+    LinearShape,
     ReadLayer,
-    Shape,
     StoredCodes,
     as_bytes,
     as_words,
-    assemble,
+    assemble_weight,
     check_tensors,
-    cut,
     feature_order,
+    trim_codes,
 )
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.packing import pack_codes, packed_width, unpack_codes
@@ -56,7 +56,7 @@ from gteopt.quant.packing import pack_codes, packed_width, unpack_codes
 _Wanted = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
 
 
-def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:
+def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, LinearShape]) -> list[str]:
     """Reasons why the format cannot hold these layers; empty when it can."""
     del shapes
     reasons = []
@@ -141,7 +141,7 @@ def layers_in(names: Iterable[str]) -> list[str]:
 
 
 def from_tensors(
-    config: Config, name: str, shape: Shape, tensors: Mapping[str, Tensor]
+    config: Config, name: str, shape: LinearShape, tensors: Mapping[str, Tensor]
 ) -> ReadLayer:
     """Read one layer from its tensors, without its bias. Any writer of the format will do.
 
@@ -170,11 +170,13 @@ def from_tensors(
     else:
         qweight, zero = _read_bytes(subject, shape, bits, tensors)
     codes = StoredCodes(qweight, shape.in_features, scale.contiguous(), zero.contiguous(), bits)
-    return ReadLayer(assemble(subject, codes, activations, number_format=number_format), order)
+    return ReadLayer(
+        assemble_weight(subject, codes, activations, number_format=number_format), order
+    )
 
 
 def _read_packed(
-    subject: str, shape: Shape, bits: int, tensors: Mapping[str, Tensor]
+    subject: str, shape: LinearShape, bits: int, tensors: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Packed codes [O, B], zero points [O, G] and feature order [I] of a `pack-quantized` layer."""
     n_groups = tensors["weight_scale"].shape[-1]
@@ -189,7 +191,7 @@ def _read_packed(
     }
     optional = frozenset({"weight_shape", "weight_zero_point", "weight_g_idx"})
     check_tensors(subject, tensors, wanted, optional)
-    qweight, order = cut(as_bytes(tensors["weight_packed"]), bits, shape.in_features), None
+    qweight, order = trim_codes(as_bytes(tensors["weight_packed"]), bits, shape.in_features), None
     groups = tensors.get("weight_g_idx")
     if groups is not None and not bool((groups == -1).all()):  # all -1 means no order is stored
         order = feature_order(subject, groups, n_groups)
@@ -203,7 +205,7 @@ def _read_packed(
 
 
 def _read_float8(
-    subject: str, shape: Shape, tensors: Mapping[str, Tensor]
+    subject: str, shape: LinearShape, tensors: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Codes [O, I] and zero points [O, G] of a `float-quantized` layer."""
     grid = (shape.out_features, tensors["weight_scale"].shape[-1])
@@ -217,7 +219,7 @@ def _read_float8(
 
 
 def _read_bytes(
-    subject: str, shape: Shape, bits: int, tensors: Mapping[str, Tensor]
+    subject: str, shape: LinearShape, bits: int, tensors: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Codes [O, I] and zero points [O, G] of an `int-quantized` layer."""
     grid = (shape.out_features, tensors["weight_scale"].shape[-1])

@@ -29,16 +29,16 @@ from gteopt.errors import UnsupportedError
 from gteopt.formats.packed import (
     Activations,
     Config,
+    LinearShape,
     ReadLayer,
-    Shape,
     StoredCodes,
     as_bytes,
     as_words,
-    assemble,
+    assemble_weight,
     check_tensors,
-    cut,
     feature_order,
-    zero_points,
+    stored_zero_points,
+    trim_codes,
 )
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.grid import group_width
@@ -48,7 +48,7 @@ Version = Literal[1, 2]
 _VERSIONS: dict[str, Version] = {"gptq": 1, "gptq_v2": 2}
 
 
-def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) -> list[str]:
+def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, LinearShape]) -> list[str]:
     """Reasons why some engine could not open these layers in this format; empty when all can."""
     reasons = [
         f"{name}: {shape.out_features} x {shape.in_features} features; both must be multiples of 32"
@@ -68,7 +68,7 @@ def problems(schemes: Mapping[str, LayerScheme], shapes: Mapping[str, Shape]) ->
     return reasons
 
 
-def version_of(scheme: LayerScheme) -> Version:
+def gptq_version(scheme: LayerScheme) -> Version:
     """The version of the format to write: 1 for symmetric schemes, 2 for asymmetric ones.
 
     Every engine reads version 1. It cannot hold the zero point 0, which an asymmetric group of
@@ -84,13 +84,13 @@ def to_tensors(weight: PackedWeight, *, version: Version | None = None) -> dict[
         UnsupportedError: the features are no multiples of 32, or version 1 has a zero point of 0.
     """
     scheme, (out_features, in_features) = weight.scheme, (weight.out_features, weight.in_features)
-    version = version or version_of(scheme)
+    version = version or gptq_version(scheme)
     if out_features % 32 or in_features % 32:
         raise UnsupportedError(
             f"a gptq checkpoint cannot hold {out_features} x {in_features} features: both must be "
             f"multiples of 32"
         )
-    zero = zero_points(weight)
+    zero = stored_zero_points(weight)
     if version == 1:
         if bool((zero == 0).any()):
             raise UnsupportedError(
@@ -118,7 +118,7 @@ def quantization_config(
         made_by: name and version of the program that writes the checkpoint.
     """
     (scheme,) = set(schemes.values())
-    version = next(name for name, v in _VERSIONS.items() if v == version_of(scheme))
+    version = next(name for name, v in _VERSIONS.items() if v == gptq_version(scheme))
     config: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": scheme.bits,
@@ -146,7 +146,7 @@ def layers_in(names: Iterable[str]) -> list[str]:
 
 
 def from_tensors(
-    config: Config, name: str, shape: Shape, tensors: Mapping[str, Tensor]
+    config: Config, name: str, shape: LinearShape, tensors: Mapping[str, Tensor]
 ) -> ReadLayer:
     """Read one layer from its tensors, without its bias. Any writer of the format will do.
 
@@ -176,7 +176,7 @@ def from_tensors(
         "g_idx": (None, (n_in,)),
     }
     check_tensors(subject, tensors, wanted, optional=frozenset({"g_idx"}))
-    qweight = cut(as_bytes(tensors["qweight"].t()), bits, n_in)
+    qweight = trim_codes(as_bytes(tensors["qweight"].t()), bits, n_in)
     order = None
     if "g_idx" in tensors:
         order = feature_order(subject, tensors["g_idx"], n_groups)
@@ -185,7 +185,7 @@ def from_tensors(
     zero = _zero_points(tensors["qzeros"], bits, n_out, _VERSIONS[label], config.get("sym", False))
     scale = tensors["scales"].t().contiguous()  # [O, G]
     codes = StoredCodes(qweight, n_in, scale, zero.t().contiguous(), bits)
-    return ReadLayer(assemble(subject, codes, Activations()), order)
+    return ReadLayer(assemble_weight(subject, codes, Activations()), order)
 
 
 def _zero_points(

@@ -12,7 +12,7 @@ from torch import Tensor
 from gteopt.config.recipe import GroupSize, LayerScheme, NumberFormat
 from gteopt.errors import IntegrityError, UnsupportedError, join_problems
 from gteopt.quant.affine import PackedWeight
-from gteopt.quant.grid import middle
+from gteopt.quant.grid import symmetric_zero_point
 from gteopt.quant.packing import pack_codes, packed_width, unpack_codes
 
 Config = Mapping[str, Any]
@@ -20,7 +20,7 @@ Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Shape:
+class LinearShape:
     """Output and input features of a linear layer, without padding."""
 
     out_features: int
@@ -136,7 +136,7 @@ class Activations:
     outliers: float | None = None
 
 
-def assemble(
+def assemble_weight(
     subject: str,
     stored: StoredCodes,
     activations: Activations,
@@ -191,17 +191,17 @@ def assemble(
     return PackedWeight(stored.qweight, rounded, qzero, scheme, in_features)
 
 
-def cut(packed: Tensor, bits: int, n: int) -> Tensor:
+def trim_codes(packed: Tensor, bits: int, n: int) -> Tensor:
     """Dense bytes [R, B], without the bytes and bits after the first `n` codes of a row."""
     if n * bits % 8:
         return pack_codes(unpack_codes(packed, bits, n), bits)
     return packed[:, : packed_width(n, bits)].contiguous()
 
 
-def zero_points(weight: PackedWeight) -> Tensor:
+def stored_zero_points(weight: PackedWeight) -> Tensor:
     """The zero points, uint8 [O, G]; those of a symmetric weight are filled in."""
     if weight.qzero is None:
-        return torch.full_like(weight.scale, middle(weight.scheme), dtype=torch.uint8)
+        return torch.full_like(weight.scale, symmetric_zero_point(weight.scheme), dtype=torch.uint8)
     return weight.unpack().zero
 
 

@@ -27,7 +27,7 @@ from gteopt.kernels.cpu import (
     multiplies_bfloat16,
 )
 from gteopt.kernels.cpu_int4 import Int4LinearCpu
-from gteopt.kernels.measured import DETERMINISTIC, Layer, Ways
+from gteopt.kernels.measured import DETERMINISTIC, KernelWays, MeasuredLayer
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight
 
@@ -65,7 +65,7 @@ def make_linear(
     device: torch.device,
     dtype: torch.dtype,
     order: Tensor | None = None,
-    ways: Ways = DETERMINISTIC,
+    ways: KernelWays = DETERMINISTIC,
 ) -> nn.Module:
     """The layer that computes this weight on this device.
 
@@ -78,7 +78,7 @@ def make_linear(
             they are in order.
         ways: the chosen products of layers on a CPU.
     """
-    make = choose(weight, device, dtype, ways)
+    make = choose_kernel(weight, device, dtype, ways)
     layer = make(weight, None if bias is None else bias.detach().to(dtype)).to(device)
     if order is not None:
         layer.register_buffer("order", order.to(device))
@@ -86,8 +86,8 @@ def make_linear(
     return layer
 
 
-def choose(
-    weight: PackedWeight, device: torch.device, dtype: torch.dtype, ways: Ways = DETERMINISTIC
+def choose_kernel(
+    weight: PackedWeight, device: torch.device, dtype: torch.dtype, ways: KernelWays = DETERMINISTIC
 ) -> _Kernel:
     """The constructor of a weight's layer: the first of `KERNELS` that fits, with its product."""
     kernel = _first(weight, device, dtype)
@@ -95,7 +95,7 @@ def choose(
         return kernel
     decoded = partial(DecodedLinearCpu, dtype=dtype)
     if kernel in (Int8LinearCpu, StaticInt8LinearCpu, Int4LinearCpu):
-        key = Layer(weight.scheme, weight.out_features, weight.in_features).key(dtype)
+        key = MeasuredLayer(weight.scheme, weight.out_features, weight.in_features).key(dtype)
         if weight.scheme.activation_outliers is not None or key not in ways.products:
             return kernel
         products = ways.products[key]
@@ -128,11 +128,11 @@ def kernel_name(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    ways: Ways = DETERMINISTIC,
+    ways: KernelWays = DETERMINISTIC,
 ) -> str:
     """The `kernel` name of a weight's layer, with the most tokens for which it multiplies codes."""
-    without_data = Layer(scheme, out_features, in_features).without_data()
-    kernel: Any = choose(without_data, device, dtype, ways)
+    without_data = MeasuredLayer(scheme, out_features, in_features).without_data()
+    kernel: Any = choose_kernel(without_data, device, dtype, ways)
     if isinstance(kernel, partial):
         if kernel.func is DecodedLinearCpu:
             return DecodedLinearCpu.decoded_name(scheme, dtype)
@@ -153,7 +153,7 @@ def product_of(scheme: LayerScheme) -> Product:
     return "4-bit" if scheme.bits == 4 else "weights"
 
 
-def arithmetic(device: torch.device, ways: Ways = DETERMINISTIC) -> str:
+def arithmetic_name(device: torch.device, ways: KernelWays = DETERMINISTIC) -> str:
     """A name for everything that decides the rounding of a product, besides weights and dtype.
 
     For a CPU it describes this machine: processors differ in the bits of activations (8 or 7), and

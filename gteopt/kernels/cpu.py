@@ -237,7 +237,7 @@ class _ByTokens:
 
 
 @dataclass(frozen=True)
-class Products:
+class CpuProducts:
     """The products of a layer, by their names in `INT8_PRODUCTS` or `INT4_PRODUCTS`.
 
     Attributes:
@@ -310,7 +310,7 @@ class Int8LinearCpu(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, weight: PackedWeight, bias: Tensor | None, products: Products | None = None
+        self, weight: PackedWeight, bias: Tensor | None, products: CpuProducts | None = None
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
@@ -330,7 +330,7 @@ class Int8LinearCpu(nn.Module):
         self._middle = 1 << (self.bits - 1) if self.symmetric else 0
 
     @classmethod
-    def name_here(cls, products: Products | None = None) -> str:
+    def name_here(cls, products: CpuProducts | None = None) -> str:
         """`kernel` of a layer on this machine."""
         return _named(cls.kernel, products)
 
@@ -401,7 +401,7 @@ class StaticInt8LinearCpu(nn.Module):
     offset: Tensor
 
     def __init__(
-        self, weight: PackedWeight, bias: Tensor | None, products: Products | None = None
+        self, weight: PackedWeight, bias: Tensor | None, products: CpuProducts | None = None
     ) -> None:
         super().__init__()
         assert weight.inputs is not None
@@ -420,7 +420,7 @@ class StaticInt8LinearCpu(nn.Module):
         self.register_buffer("offset", offset if bias is None else offset + bias.float().cpu())
 
     @classmethod
-    def name_here(cls, products: Products | None = None) -> str:
+    def name_here(cls, products: CpuProducts | None = None) -> str:
         """`kernel` of a layer on this machine."""
         return _named(cls.kernel, products)
 
@@ -446,7 +446,7 @@ def signed_codes(weight: PackedWeight) -> tuple[Tensor, Tensor]:
     return codes, weight.scale[:, 0].float().cpu()
 
 
-def _multiplier(codes: Tensor, scale: Tensor, products: Products | None) -> _Product:
+def _multiplier(codes: Tensor, scale: Tensor, products: CpuProducts | None) -> _Product:
     """The product of a layer; None means the first one that torch has."""
     if products is None:
         product = _product()
@@ -458,12 +458,12 @@ def _multiplier(codes: Tensor, scale: Tensor, products: Products | None) -> _Pro
     return _ByTokens(few, INT8_PRODUCTS[products.many](codes, scale))
 
 
-def _n_copies(products: Products | None) -> int:
+def _n_copies(products: CpuProducts | None) -> int:
     """Copies of the weight, each in the order of its product's library."""
     return 1 if products is None or products.few == products.many else 2
 
 
-def _named(kernel: str, products: Products | None) -> str:
+def _named(kernel: str, products: CpuProducts | None) -> str:
     """`kernel` of an int8 layer, with notes on chosen products and on activations below 8 bits."""
     notes = [] if products is None else [str(products)]
     if (bits := activation_bits()) != 8:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from gteopt.kernels.cpu import FEW_TOKENS, Products, multiplies_bfloat16
+from gteopt.kernels.cpu import FEW_TOKENS, CpuProducts, multiplies_bfloat16
 from gteopt.kernels.reference import DECODED_AT_ONCE
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.packing import pack_codes
@@ -19,7 +19,7 @@ _LAYOUT_ROWS = 512
 CODES, EACH_CALL, KEPT = INT4_PRODUCTS = ("codes", "decoded in each call", "kept decoded")
 """Products of a 4-bit layer: torch's of the codes; a dense one of the weight, which each call
 decodes; a dense one of the weight, which the layer has decoded once."""
-AS_PACKED = Products(CODES, EACH_CALL)
+AS_PACKED = CpuProducts(CODES, EACH_CALL)
 """The products of a layer that nothing was measured for; it holds its codes alone."""
 
 
@@ -43,7 +43,7 @@ class Int4LinearCpu(nn.Module):
     decoded: Tensor | None
 
     def __init__(
-        self, weight: PackedWeight, bias: Tensor | None, products: Products | None = None
+        self, weight: PackedWeight, bias: Tensor | None, products: CpuProducts | None = None
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
@@ -63,7 +63,7 @@ class Int4LinearCpu(nn.Module):
         self.register_buffer("decoded", decoded)
 
     @classmethod
-    def name_here(cls, products: Products | None = None) -> str:
+    def name_here(cls, products: CpuProducts | None = None) -> str:
         """`kernel` of a layer on this machine."""
         return cls.kernel if products is None else f"{cls.kernel} ({products})"
 

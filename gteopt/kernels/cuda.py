@@ -18,15 +18,15 @@ from torch import Tensor, nn
 from gteopt.kernels.cuda_int4 import FEW_TOKENS, INT4_TILE
 from gteopt.kernels.cuda_int8 import LARGE_TILES, fastest_tiles, int8_product, int8_tile
 from gteopt.kernels.cuda_operators import Tile
-from gteopt.kernels.cuda_tokens import Before, gate_, quantize_tokens, rotate_, round_tokens
+from gteopt.kernels.cuda_tokens import FusedStep, gate_, quantize_tokens_cuda, rotate_, round_tokens
 from gteopt.quant.affine import PackedWeight
-from gteopt.quant.grid import NF4_LEVELS, group_width, middle
+from gteopt.quant.grid import NF4_LEVELS, group_width, symmetric_zero_point
 from gteopt.quant.packing import unpack_codes
 
 __all__ = [
     "LARGE_TILES",
-    "Before",
     "Fp8LinearCuda",
+    "FusedStep",
     "Int4LinearCuda",
     "Int8LinearCuda",
     "Tile",
@@ -34,7 +34,7 @@ __all__ = [
     "gate_",
     "int8_product",
     "int8_tile",
-    "quantize_tokens",
+    "quantize_tokens_cuda",
     "rotate_",
     "round_tokens",
 ]
@@ -81,10 +81,10 @@ class Int8LinearCuda(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def quantize(
-        self, x: Tensor, before: Before | None = None
+        self, x: Tensor, before: FusedStep | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Round x [T, I] of any float dtype, after `before`, to what `multiply` takes."""
-        return quantize_tokens(x.contiguous(), symmetric=self.row_sum is None, before=before)
+        return quantize_tokens_cuda(x.contiguous(), symmetric=self.row_sum is None, before=before)
 
     def multiply(self, x: tuple[Tensor, Tensor, Tensor | None], dtype: torch.dtype) -> Tensor:
         """Multiply by the weight: [T, O] in `dtype`."""
@@ -127,7 +127,7 @@ class Fp8LinearCuda(nn.Module):
         y = self.multiply(self.quantize(x.reshape(-1, self.in_features)), x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def quantize(self, x: Tensor, before: Before | None = None) -> tuple[Tensor, Tensor]:
+    def quantize(self, x: Tensor, before: FusedStep | None = None) -> tuple[Tensor, Tensor]:
         """Round bfloat16 x [T, I], after `before`, to what `multiply` takes."""
         return round_tokens(x.contiguous(), before=before)
 
@@ -166,7 +166,7 @@ class Int4LinearCuda(nn.Module):
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.nf4 = weight.scheme.number_format == "nf4"
-        self.middle = middle(weight.scheme)
+        self.middle = symmetric_zero_point(weight.scheme)
         zero = None
         if weight.qzero is not None:
             zero = unpack_codes(weight.qzero, 4, weight.scale.shape[1]).contiguous()

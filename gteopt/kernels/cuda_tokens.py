@@ -19,7 +19,7 @@ from gteopt.quant.grid import E4M3_MAX
 
 
 @dataclass(frozen=True)
-class Before:
+class FusedStep:
     """A step that a rounding kernel computes first, in float32, without storing the result.
 
     Attributes:
@@ -33,11 +33,11 @@ class Before:
     epsilon: float = 0.0
 
 
-_NOTHING_BEFORE = Before()
+_NOTHING_BEFORE = FusedStep()
 
 
-def quantize_tokens(
-    x: Tensor, *, symmetric: bool, before: Before | None = None
+def quantize_tokens_cuda(
+    x: Tensor, *, symmetric: bool, before: FusedStep | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`quant.affine.quantize_tokens` of x [T, I] in one pass over memory; the same numbers.
 
@@ -81,7 +81,7 @@ define_operator(
 )
 
 
-def round_tokens(x: Tensor, *, before: Before | None = None) -> tuple[Tensor, Tensor]:
+def round_tokens(x: Tensor, *, before: FusedStep | None = None) -> tuple[Tensor, Tensor]:
     """Round each token of x [T, I] to 8-bit floats by its own scale, max |x| / 448.
 
     Returns:
@@ -177,7 +177,7 @@ def _norm_factor(x, row, n_inputs, epsilon, NORMED: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _prepared(x, up, norm, row, at, n_inputs, factor, GATED: tl.constexpr, NORMED: tl.constexpr):
-    """The values of a token after the step of `Before`."""
+    """The values of a token after the step of `FusedStep`."""
     values = tl.load(x + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)
     if GATED:
         others = tl.load(up + row + at, mask=at < n_inputs, other=0.0).to(tl.float32)

@@ -1,7 +1,7 @@
 """Measures which product each quantized layer of a model should use on this processor.
 
-Hides: the workloads, the choice, the file with the times of what is `compared`. Refuses to know:
-models, files of weights. Weights are random, because the time of a product does not depend on them.
+Hides: the workloads, the choice, the file of measured times. Refuses to know: models, files of
+weights. Weights are random, because the time of a product does not depend on them.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from huggingface_hub import cached_assets_path
 from torch import Tensor, nn
 
 from gteopt.config.recipe import LayerScheme
-from gteopt.errors import InputError, IntegrityError, suggest
+from gteopt.errors import InputError, IntegrityError, suggest_names
 from gteopt.frozen import Frozen
 from gteopt.kernels.cpu import (
     INT8_PRODUCTS,
+    CpuProducts,
     DecodedLinearCpu,
     Int8LinearCpu,
-    Products,
     StaticInt8LinearCpu,
     exact_products,
     multiplies_bfloat16,
 )
 from gteopt.kernels.cpu_int4 import AS_PACKED, CODES, EACH_CALL, KEPT, Int4LinearCpu
-from gteopt.machine import machine
+from gteopt.machine import describe_machine
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.grid import group_width
 from gteopt.quant.packing import packed_width
@@ -61,7 +61,7 @@ _LOCK_S = 120
 
 
 @dataclass(frozen=True)
-class Layer:
+class MeasuredLayer:
     """The properties of a quantized layer that decide its speed."""
 
     scheme: LayerScheme
@@ -125,7 +125,7 @@ class KernelTimes(Frozen):
     """Times measured on one processor, with one version of torch and one number of threads.
 
     Attributes:
-        layers: times by `Layer.key`, or by the key of what else was `compared`.
+        layers: times by `MeasuredLayer.key`, or by the key of another comparison.
     """
 
     schema_: Literal["gteopt.kernels/1"] = "gteopt.kernels/1"
@@ -136,15 +136,15 @@ class KernelTimes(Frozen):
 
 
 @dataclass(frozen=True)
-class Ways:
+class KernelWays:
     """Which product each layer uses. Layers that are not named use the first one of this torch.
 
     Attributes:
-        products: of int8 and 4-bit layers by `Layer.key`; None decodes the weights once.
+        products: of int8 and 4-bit layers by `MeasuredLayer.key`; None decodes the weights once.
         decodes: whether all other quantized weights are decoded once too.
     """
 
-    products: Mapping[str, Products | None] = field(default_factory=dict)
+    products: Mapping[str, CpuProducts | None] = field(default_factory=dict)
     decodes: bool = False
 
     @property
@@ -159,13 +159,13 @@ class Ways:
         return ", ".join([*sorted(decoded + four_bits), *(["others"] if self.decodes else [])])
 
 
-DETERMINISTIC = Ways()
+DETERMINISTIC = KernelWays()
 """Nothing is measured: weights stay packed, and use the first product that torch has."""
 
 
-def ways_for(
-    layers: Iterable[Layer], dtype: torch.dtype, choice: str, *, folder: Path | None = None
-) -> Ways:
+def choose_kernel_ways(
+    layers: Iterable[MeasuredLayer], dtype: torch.dtype, choice: str, *, folder: Path | None = None
+) -> KernelWays:
     """The ways of a model's layers on this CPU.
 
     Args:
@@ -184,28 +184,30 @@ def ways_for(
     int8 = {layer.key(dtype): layer for layer in all_layers if _is_int8(layer.scheme)}
     int4 = {layer.key(dtype): layer for layer in all_layers if _is_int4(layer, dtype)}
     if choice == "decoded":
-        return Ways(dict.fromkeys([*int8, *int4]), decodes=True)
+        return KernelWays(dict.fromkeys([*int8, *int4]), decodes=True)
     if choice in exact_products():
-        return Ways(dict.fromkeys(int8, Products(choice, choice)))
+        return KernelWays(dict.fromkeys(int8, CpuProducts(choice, choice)))
     if choice != "measured":
         allowed = ["measured", "deterministic", _DECODED, *exact_products()]
-        raise InputError(f"unknown kernels '{choice}' for this CPU: {suggest(choice, allowed)}")
+        raise InputError(
+            f"unknown kernels '{choice}' for this CPU: {suggest_names(choice, allowed)}"
+        )
     if not exact_products():
         int8, counts = {}, Counter()
-    times = kept_times({**int8, **int4}, dtype, folder)
+    times = measured_layer_times({**int8, **int4}, dtype, folder)
     # All memory counts, not free memory, because all processes of a machine must choose alike.
     widest = max(dtype.itemsize, 2 if multiplies_bfloat16() else 4)
     decoded_bytes = widest * sum(layer.out_features * layer.in_features for layer in all_layers)
-    may_grow = decoded_bytes * _MEMORY_SHARE <= machine().memory_bytes
+    may_grow = decoded_bytes * _MEMORY_SHARE <= describe_machine().memory_bytes
     four_bits = {key: pick_int4(times[key], may_grow=may_grow) for key in int4}
     chosen = {key: products for key, products in four_bits.items() if products != AS_PACKED}
     if may_grow and decoding_wins(counts, times):
-        return Ways({**dict.fromkeys(int8), **chosen}, decodes=True)
-    packed = {key: pick(times[key], may_grow=may_grow) for key in int8}
-    return Ways({**packed, **chosen}, decodes=may_grow)
+        return KernelWays({**dict.fromkeys(int8), **chosen}, decodes=True)
+    packed = {key: pick_int8(times[key], may_grow=may_grow) for key in int8}
+    return KernelWays({**packed, **chosen}, decodes=may_grow)
 
 
-def pick(times: LayerTimes, *, may_grow: bool = True) -> Products:
+def pick_int8(times: LayerTimes, *, may_grow: bool = True) -> CpuProducts:
     """The fastest products of an int8 layer.
 
     Args:
@@ -219,10 +221,14 @@ def pick(times: LayerTimes, *, may_grow: bool = True) -> Products:
         return max(times.few[name] / times.few[few], times.many[name] / times.many[many])
 
     one = min(names, key=slowdown)
-    return Products(few, many) if may_grow and slowdown(one) > _SECOND_COPY else Products(one, one)
+    return (
+        CpuProducts(few, many)
+        if may_grow and slowdown(one) > _SECOND_COPY
+        else CpuProducts(one, one)
+    )
 
 
-def pick_int4(times: LayerTimes, *, may_grow: bool = True) -> Products | None:
+def pick_int4(times: LayerTimes, *, may_grow: bool = True) -> CpuProducts | None:
     """The products of a 4-bit layer, of which none is slower than the decoded weight's.
 
     Args:
@@ -233,12 +239,12 @@ def pick_int4(times: LayerTimes, *, may_grow: bool = True) -> Products | None:
         The products; None decodes the weight once, and drops the codes.
     """
     few, many = times.few, times.many
-    smallest = Products(CODES, min((CODES, EACH_CALL), key=many.__getitem__))
+    smallest = CpuProducts(CODES, min((CODES, EACH_CALL), key=many.__getitem__))
     if not may_grow:
         return smallest
     if many[smallest.many] <= _CLEARLY * many[_DECODED]:
         return None if few[CODES] > _CLEARLY * few[_DECODED] else smallest
-    return Products(CODES, KEPT) if _CLEARLY * few[CODES] < few[_DECODED] else None
+    return CpuProducts(CODES, KEPT) if _CLEARLY * few[CODES] < few[_DECODED] else None
 
 
 def decoding_wins(counts: Mapping[str, int], times: Mapping[str, LayerTimes]) -> bool:
@@ -253,7 +259,7 @@ def decoding_wins(counts: Mapping[str, int], times: Mapping[str, LayerTimes]) ->
     """
     packed_few = packed_many = decoded_few = decoded_many = 0.0
     for key, n in counts.items():
-        layer, products = times[key], pick(times[key])
+        layer, products = times[key], pick_int8(times[key])
         packed_few += n * layer.few[products.few]
         packed_many += n * layer.many[products.many]
         decoded_few += n * layer.few[_DECODED]
@@ -261,19 +267,19 @@ def decoding_wins(counts: Mapping[str, int], times: Mapping[str, LayerTimes]) ->
     return packed_few * packed_many > _CLEARLY**2 * decoded_few * decoded_many
 
 
-def kept_times(
-    layers: Mapping[str, Layer], dtype: torch.dtype, folder: Path | None = None
+def measured_layer_times(
+    layers: Mapping[str, MeasuredLayer], dtype: torch.dtype, folder: Path | None = None
 ) -> dict[str, LayerTimes]:
     """Times of layers by key; layers without stored times are measured, and their times stored."""
     comparisons = {
-        key: Comparison(frozenset(_makers(layer, dtype)), partial(_measure, layer, dtype))
+        key: KernelComparison(frozenset(_makers(layer, dtype)), partial(_measure, layer, dtype))
         for key, layer in layers.items()
     }
-    return compared(comparisons, folder)
+    return measured_times(comparisons, folder)
 
 
 @dataclass(frozen=True)
-class Comparison:
+class KernelComparison:
     """Candidates that compute the same.
 
     Attributes:
@@ -285,8 +291,8 @@ class Comparison:
     measure: Callable[[], LayerTimes]
 
 
-def compared(
-    comparisons: Mapping[str, Comparison], folder: Path | None = None
+def measured_times(
+    comparisons: Mapping[str, KernelComparison], folder: Path | None = None
 ) -> dict[str, LayerTimes]:
     """Times of comparisons by key; those without stored times are measured, and stored.
 
@@ -300,7 +306,7 @@ def compared(
     if not comparisons:
         return {}
     known = KernelTimes(
-        processor=machine().cpu,
+        processor=describe_machine().cpu,
         torch=str(torch.__version__),
         n_threads=torch.get_num_threads(),
         layers={},
@@ -367,32 +373,35 @@ def _is_int8(scheme: LayerScheme) -> bool:
     )
 
 
-def _is_int4(layer: Layer, dtype: torch.dtype) -> bool:
+def _is_int4(layer: MeasuredLayer, dtype: torch.dtype) -> bool:
     wide = layer.scheme.activation_bits == 16
     return wide and Int4LinearCpu.fits(layer.without_data(), dtype)
 
 
-def _makers(layer: Layer, dtype: torch.dtype) -> dict[str, Callable[[PackedWeight], nn.Module]]:
+def _makers(
+    layer: MeasuredLayer, dtype: torch.dtype
+) -> dict[str, Callable[[PackedWeight], nn.Module]]:
     """Makers of an int8 or 4-bit layer by each product, and of the decoded one."""
     makers: dict[str, Callable[[PackedWeight], nn.Module]] = {}
     if _is_int8(layer.scheme):
         kind = StaticInt8LinearCpu if layer.scheme.activation_static else Int8LinearCpu
         for name in exact_products():
-            makers[name] = _maker(kind, Products(name, name))
+            makers[name] = _maker(kind, CpuProducts(name, name))
     else:
         for name in (CODES, EACH_CALL):
-            makers[name] = _maker(Int4LinearCpu, Products(CODES, name))
+            makers[name] = _maker(Int4LinearCpu, CpuProducts(CODES, name))
     makers[_DECODED] = lambda weight: DecodedLinearCpu(weight, None, dtype)
     return makers
 
 
 def _maker(
-    kind: type[Int8LinearCpu] | type[StaticInt8LinearCpu] | type[Int4LinearCpu], products: Products
+    kind: type[Int8LinearCpu] | type[StaticInt8LinearCpu] | type[Int4LinearCpu],
+    products: CpuProducts,
 ) -> Callable[[PackedWeight], nn.Module]:
     return lambda weight: kind(weight, None, products)
 
 
-def _measure(layer: Layer, dtype: torch.dtype) -> LayerTimes:
+def _measure(layer: MeasuredLayer, dtype: torch.dtype) -> LayerTimes:
     """Times of a layer by each product, with rounding of activations and scaling of results."""
     weight = layer.random()
     many = min(_MANY, max(_LEAST_MANY, _MANY_WORK // (layer.out_features * layer.in_features)))
@@ -403,7 +412,7 @@ def _measure(layer: Layer, dtype: torch.dtype) -> LayerTimes:
     times: dict[str, list[float]] = {}
     for name, make in _makers(layer, dtype).items():
         module = make(weight)  # one at a time, so that a large weight is in memory once
-        times[name] = [microseconds(module, x) - _saved(module, x) for x in inputs]
+        times[name] = [kernel_microseconds(module, x) - _saved(module, x) for x in inputs]
     return LayerTimes(
         few={name: few for name, (few, _) in times.items()},
         many={name: many for name, (_, many) in times.items()},
@@ -415,10 +424,10 @@ def _saved(layer: nn.Module, x: Tensor) -> float:
 
     Layers with the same input, such as query, key and value, share it within a model.
     """
-    return microseconds(layer.quantize, x) / 2 if isinstance(layer, Int8LinearCpu) else 0.0
+    return kernel_microseconds(layer.quantize, x) / 2 if isinstance(layer, Int8LinearCpu) else 0.0
 
 
-def microseconds(call: Callable[[_Input], object], x: _Input) -> float:
+def kernel_microseconds(call: Callable[[_Input], object], x: _Input) -> float:
     """The time of the fastest of a few calls, because other processes only make calls slower."""
     times: list[float] = []
     with torch.inference_mode():

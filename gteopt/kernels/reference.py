@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gteopt.quant.affine import PackedWeight, quantize_tokens, token_scale
-from gteopt.quant.grid import E4M3_MAX, dequantize, middle, nf4_numbers
+from gteopt.quant.grid import E4M3_MAX, dequantize, nf4_numbers, symmetric_zero_point
 from gteopt.quant.packing import unpack_codes
 from gteopt.quant.static_activations import InputGrid
 
@@ -63,7 +63,9 @@ class DequantLinear(nn.Module):
             return numbers.mul_(scale[..., None].to(dtype)).flatten(1)
         codes = unpack_codes(qweight, bits, self.in_features)
         if self.qzero is None:
-            zero = torch.full((1, 1), middle(self.scheme), dtype=torch.uint8, device=codes.device)
+            zero = torch.full(
+                (1, 1), symmetric_zero_point(self.scheme), dtype=torch.uint8, device=codes.device
+            )
         else:
             zero = unpack_codes(self.qzero[rows], bits, scale.shape[1])
         return dequantize(codes, scale, zero, dtype, number_format=self.scheme.number_format)
@@ -89,7 +91,9 @@ class PackedEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids [...] to vectors [..., D] in the model's dtype."""
         flat = ids.reshape(-1)
-        zero = torch.full((1, 1), middle(self.scheme), dtype=torch.uint8, device=ids.device)
+        zero = torch.full(
+            (1, 1), symmetric_zero_point(self.scheme), dtype=torch.uint8, device=ids.device
+        )
         rows = dequantize(self.qweight[flat], self.scale[flat], zero, self.dtype)
         return rows.view(*ids.shape, self.embedding_dim)
 

@@ -59,7 +59,7 @@ def stage_folder(out: Path) -> Path:
 
 
 @contextmanager
-def alone(stage: Path) -> Iterator[None]:
+def lock_stage(stage: Path) -> Iterator[None]:
     """Lock a stage folder for this process: two processes in it would mix their hidden states.
 
     The system drops the lock when the process ends, even if it is killed. An empty folder is
@@ -91,7 +91,7 @@ def alone(stage: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def clear(folder: Path) -> None:
+def empty_folder(folder: Path) -> None:
     """Remove everything in a folder; the folder itself stays."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -100,7 +100,7 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def check_free(out: Path) -> None:
+def check_free_folder(out: Path) -> None:
     """Refuse a target that is not empty, or that a finished folder cannot replace.
 
     An artifact is built beside its target and renamed. To test this, a folder is made beside `out`
@@ -175,7 +175,7 @@ def file_records(
     )
 
 
-def seal(stage: Path, out: Path, manifest: Manifest) -> None:
+def seal_artifact(stage: Path, out: Path, manifest: Manifest) -> None:
     """Turn a finished stage folder into the artifact `out`.
 
     Writes the manifest, removes files that it does not list, syncs and renames. Nothing is lost if
@@ -195,19 +195,19 @@ def seal(stage: Path, out: Path, manifest: Manifest) -> None:
         if stat.S_IMODE(path.stat().st_mode) != mode:
             with suppress(PermissionError):  # a link to a file of another user
                 path.chmod(mode)
-    place(stage, out)
+    rename_stage(stage, out)
 
 
-def place(stage: Path, out: Path) -> None:
+def rename_stage(stage: Path, out: Path) -> None:
     """Sync a stage folder that has its manifest, and rename it to `out`."""
     _sync_all(stage)
     if out.is_dir():
-        out.rmdir()  # check_free allows only an empty folder
+        out.rmdir()  # check_free_folder allows only an empty folder
     os.replace(stage, out)
     _sync(out.parent)
 
 
-def discard(folder: Path) -> None:
+def remove_artifact(folder: Path) -> None:
     """Remove an artifact or a stage folder; it is renamed first, so none is ever half removed."""
     if folder.is_dir():
         renamed = folder.with_name(f".{folder.name}.removed")
@@ -240,12 +240,12 @@ def verify(folder: Path) -> Manifest:
     Example:
         >>> manifest = gteopt.verify("artifacts/nano-int4")
     """
-    with verifying(folder) as manifest:
+    with verify_while_reading(folder) as manifest:
         return manifest
 
 
 @contextmanager
-def verifying(folder: Path) -> Iterator[Manifest]:
+def verify_while_reading(folder: Path) -> Iterator[Manifest]:
     """`verify` while the `with` block reads the weights, so that the disk is read only once.
 
     Names, sizes and small files are checked before the block. The weights are hashed while the
@@ -272,7 +272,7 @@ def verifying(folder: Path) -> Iterator[Manifest]:
     names = {
         path.as_posix()
         for path in present
-        if path.parts[:2] != _HUB_FOLDER and path.as_posix() != _HUB_FILE and is_read(path)
+        if path.parts[:2] != _HUB_FOLDER and path.as_posix() != _HUB_FILE and is_loadable_file(path)
     }
     problems += [f"{path} is not in the manifest" for path in sorted(names - known)]
     large = [record for record in right_size if record.path.endswith(".safetensors")]
@@ -309,7 +309,7 @@ def _changed(records: Sequence[FileRecord], hashes: Iterable[str]) -> list[str]:
     ]
 
 
-def is_read(path: PurePath) -> bool:
+def is_loadable_file(path: PurePath) -> bool:
     """Whether a loader might read a file of this name, so that an unlisted one is refused."""
     return path.suffix.lower() not in _UNREAD and path.name not in _UNREAD_NAMES
 

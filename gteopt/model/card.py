@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from gteopt.model.foreign import shorten
+from gteopt.model.foreign import shorten_value
 
 _MAX_FRONT_MATTER = 1 << 16
 """Characters of a card that are searched."""
@@ -32,7 +32,7 @@ def stated_languages(folder: Path) -> tuple[str, ...]:
 def stated_license(folder: Path) -> str | None:
     """The license that a model's card states; None if it states none."""
     stated = _front_matter(folder).get("license")
-    return shorten(stated) if isinstance(stated, str) and stated else None
+    return shorten_value(stated) if isinstance(stated, str) and stated else None
 
 
 def _front_matter(folder: Path) -> dict[str, object]:

@@ -16,8 +16,14 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from gteopt.errors import InputError, UnsupportedError, suggest
-from gteopt.model.artifact import artifact_sha256, hash_file, is_artifact, read_manifest, verifying
+from gteopt.errors import InputError, UnsupportedError, suggest_names
+from gteopt.model.artifact import (
+    artifact_sha256,
+    hash_file,
+    is_artifact,
+    read_manifest,
+    verify_while_reading,
+)
 from gteopt.model.card import stated_license
 from gteopt.model.config_file import (
     DECODERS,
@@ -26,7 +32,7 @@ from gteopt.model.config_file import (
     config_of_table,
     hidden_dims,
     position_limit,
-    unnest,
+    unnest_config,
 )
 from gteopt.model.families import (
     FAMILIES,
@@ -34,25 +40,25 @@ from gteopt.model.families import (
     Attention,
     Family,
     Pooling,
-    Published,
+    PublishedModel,
     family_of,
 )
-from gteopt.model.foreign import check_link, read_json, shorten
+from gteopt.model.foreign import check_link, read_json, shorten_value
 from gteopt.model.hub import RemoteTensors
-from gteopt.model.sources import NANO, Source, resolve
+from gteopt.model.sources import NANO, ModelSource, resolve_source
 from gteopt.model.st_files import (
     VECTOR_MODULES,
     ModuleEntry,
     Similarity,
     StFolder,
     pooling_modes,
-    prompt_of,
+    prompt_of_role,
     read_st_folder,
 )
-from gteopt.model.weight_files import INDEX, SINGLE, find_weight_files, read_headers
+from gteopt.model.weight_files import INDEX, SINGLE, find_weight_files, read_weight_headers
 from gteopt.records.manifest import Manifest
 
-__all__ = ["NANO", "VECTOR_MODULES", "Checkpoint", "open_checkpoint", "opening"]
+__all__ = ["NANO", "VECTOR_MODULES", "Checkpoint", "open_checkpoint", "opening_checkpoint"]
 VECTORS_FILE = "vectors.safetensors"
 LATENT_FILE = "pooling.safetensors"
 """The file of an artifact with the tensors of a latent-attention pooling."""
@@ -111,7 +117,7 @@ class Checkpoint:
     matryoshka_dims: tuple[int, ...]
     max_tokens: int
     license: str | None
-    published: Published | None
+    published: PublishedModel | None
     weight_files: tuple[Path, ...]
     tensors: Mapping[str, tuple[int, ...]]
     stored_bytes: int
@@ -156,7 +162,7 @@ class Checkpoint:
 
     def prompt(self, role: str) -> str:
         """The text that the folder puts before a text of a role."""
-        prompt = prompt_of(self.st.settings, role)
+        prompt = prompt_of_role(self.st.settings, role)
         if prompt or role != "document" or self.family is None:
             return prompt
         return self.family.document_prompt
@@ -293,45 +299,39 @@ def open_checkpoint(
         IntegrityError: weights are truncated or missing, or an artifact was altered.
         UnsupportedError: the model needs remote code, pickled weights or modules that gteopt lacks.
     """
-    location = resolve(str(source), hub_dir, revision, headers_only)
+    location = resolve_source(str(source), hub_dir, revision, headers_only)
     with _checked(location) as manifest:
         return _describe(location, manifest, family)
 
 
 @contextmanager
-def opening(
+def opening_checkpoint(
     source: str | Path,
     *,
     hub_dir: Path | None = None,
     revision: str | None = None,
     family: str | None = None,
 ) -> Iterator[Checkpoint]:
-    """`open_checkpoint` for a `with` block that reads the weights; see `artifact.verifying`.
-
-    Args:
-        source: see `open_checkpoint`.
-        hub_dir: see `open_checkpoint`.
-        revision: see `open_checkpoint`.
-        family: see `open_checkpoint`.
+    """`open_checkpoint` for a `with` block that reads the weights; see `verify_while_reading`.
 
     Raises:
         InputError, IntegrityError, UnsupportedError: see `open_checkpoint`.
     """
-    location = resolve(str(source), hub_dir, revision, headers_only=False)
+    location = resolve_source(str(source), hub_dir, revision, headers_only=False)
     with _checked(location) as manifest:
         yield _describe(location, manifest, family)
 
 
-def _checked(source: Source) -> AbstractContextManager[Manifest | None]:
+def _checked(source: ModelSource) -> AbstractContextManager[Manifest | None]:
     """An artifact's manifest; files on this machine are verified when the block ends."""
     if not is_artifact(source.folder):
         return nullcontext()
     if source.remote is not None:
         return nullcontext(read_manifest(source.folder))
-    return verifying(source.folder)
+    return verify_while_reading(source.folder)
 
 
-def _describe(source: Source, manifest: Manifest | None, family: str | None) -> Checkpoint:
+def _describe(source: ModelSource, manifest: Manifest | None, family: str | None) -> Checkpoint:
     folder, identifier = source.folder, source.id
     if (folder / "adapter_config.json").is_file():
         find_weight_files(folder, None)  # its error says how to merge an adapter
@@ -339,8 +339,8 @@ def _describe(source: Source, manifest: Manifest | None, family: str | None) -> 
     config = read_json(folder / "config.json", optional=st.table is not None)
     notes: list[str] = []
     known = _family(config, identifier, st, manifest, family)
-    remote_code = {shorten(value) for value in _values(config.pop("auto_map", None))}
-    config, latent = unnest(config, folder)
+    remote_code = {shorten_value(value) for value in _values(config.pop("auto_map", None))}
+    config, latent = unnest_config(config, folder)
     _check_remote_code(identifier, remote_code | set(st.remote), known, notes)
     weights_folder = folder if st.table is None else folder / st.table.path
     weight_files, tensors, stored_bytes = _weights(source, weights_folder, manifest, notes)
@@ -416,7 +416,7 @@ def _note_quantized(config: Mapping[str, Any], manifest: Manifest | None, notes:
     """Note that another library has quantized the weights."""
     quantized = config.get("quantization_config")
     if manifest is None and isinstance(quantized, dict):
-        method = shorten(quantized.get("quant_method", "an unnamed method"))
+        method = shorten_value(quantized.get("quant_method", "an unnamed method"))
         notes.append(f"weights are already quantized by {method}; quantize the model they are from")
 
 
@@ -425,14 +425,14 @@ def _values(mapping: object) -> list[object]:
 
 
 def _weights(
-    source: Source, folder: Path, manifest: Manifest | None, notes: list[str]
+    source: ModelSource, folder: Path, manifest: Manifest | None, notes: list[str]
 ) -> tuple[tuple[Path, ...], dict[str, tuple[int, ...]], int]:
     """Weight files, the shapes in them and their bytes; remote weights have no files."""
     if source.remote is None:
         files = find_weight_files(folder, manifest)
         if files == (folder / SINGLE,) and (folder / INDEX).is_file():
             notes.append(f"the folder holds two sets of weights: {SINGLE} is read, {INDEX} is not")
-        return files, read_headers(files), sum(path.stat().st_size for path in files)
+        return files, read_weight_headers(files), sum(path.stat().st_size for path in files)
     return (), dict(source.remote.shapes), source.remote.n_bytes
 
 
@@ -552,7 +552,7 @@ def _family(
     """The family by request, by the manifest, by a published name, or by the model's files."""
     if requested is not None:
         if requested not in FAMILIES:
-            raise InputError(f"unknown family '{requested}': {suggest(requested, FAMILIES)}")
+            raise InputError(f"unknown family '{requested}': {suggest_names(requested, FAMILIES)}")
         is_nested = "latent_attention_config" in config or config.get("model_type") == "nvembed"
         if (FAMILIES[requested].pooling == "latent") != is_nested:
             raise InputError(
@@ -573,7 +573,7 @@ def _matryoshka_dims(
     dims: int,
     family: Family | None,
     manifest: Manifest | None,
-    published: Published | None,
+    published: PublishedModel | None,
 ) -> tuple[int, ...]:
     """Trained lengths: by config.json, by the authors, or halves down to the family's least.
 

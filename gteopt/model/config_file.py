@@ -12,7 +12,7 @@ from typing import Any
 
 from gteopt.errors import InputError, UnsupportedError, join_problems
 from gteopt.model.families import Attention
-from gteopt.model.foreign import shorten
+from gteopt.model.foreign import shorten_value
 
 _NESTED_DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32_000,
@@ -74,20 +74,22 @@ def check_config(config: Mapping[str, Any], path: Path, n_tensors: int) -> None:
             continue
         if isinstance(value, bool) or not isinstance(value, int):
             if name in (*_WIDTHS, *_LIMITS, "vocab_size") or name in _DEPTHS:
-                problems.append(f"{name} should be a whole number, found {shorten(value)}")
+                problems.append(f"{name} should be a whole number, found {shorten_value(value)}")
             continue
         most = _MOST_ROWS if "vocab" in name or name in _LIMITS else _MOST_SIZE
         if name in _DEPTHS and n_tensors:
             most = min(most, n_tensors)
         least = 1 if name in (*_WIDTHS, *_LIMITS, "vocab_size") else -1
         if not least <= value <= most:
-            shown = shorten(value) if abs(value) < 1 << 64 else "a number beyond 64 bits"
+            shown = shorten_value(value) if abs(value) < 1 << 64 else "a number beyond 64 bits"
             problems.append(f"{name} should be between {least} and {most:,}, found {shown}")
     if problems:
         raise InputError(join_problems(f"{path} is wrong", problems[:10]))
 
 
-def unnest(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+def unnest_config(
+    config: dict[str, Any], folder: Path
+) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """The configs of transformer and pooling inside NV-Embed's config; else `config` and None.
 
     The transformer is a Mistral under the name `bidir_mistral`. Its attention sees every token, so
@@ -106,8 +108,8 @@ def unnest(config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Mappin
     kind = inner.get("model_type", "bidir_mistral")
     if kind not in ("bidir_mistral", "mistral"):
         raise UnsupportedError(
-            f"{folder}: latent attention over a {shorten(kind)} model is not supported; gteopt "
-            f"supports NV-Embed's, over a Mistral"
+            f"{folder}: latent attention over a {shorten_value(kind)} model is not supported; "
+            f"gteopt supports NV-Embed's, over a Mistral"
         )
     if config.get("is_mask_instruction", True) is not True:
         raise UnsupportedError(

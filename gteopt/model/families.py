@@ -56,7 +56,7 @@ class Family:
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedModel:
     """A published model.
 
     Attributes:
@@ -167,88 +167,88 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 
-PUBLISHED: Mapping[str, Published] = {
-    "Alibaba-NLP/gte-Qwen2-7B-instruct": Published(
+PUBLISHED: Mapping[str, PublishedModel] = {
+    "Alibaba-NLP/gte-Qwen2-7B-instruct": PublishedModel(
         "apache-2.0",
         3584,
         "gte-qwen",
         scores={"MTEB": 70.24, "C-MTEB": 72.05, "MTEB-fr": 68.25, "MTEB-pl": 67.86},
     ),
-    "Alibaba-NLP/gte-Qwen2-1.5B-instruct": Published(
+    "Alibaba-NLP/gte-Qwen2-1.5B-instruct": PublishedModel(
         "apache-2.0",
         1536,
         "gte-qwen",
         scores={"MTEB": 67.16, "C-MTEB": 67.65, "MTEB-fr": 66.60, "MTEB-pl": 64.04},
     ),
-    "Alibaba-NLP/gte-Qwen1.5-7B-instruct": Published(
+    "Alibaba-NLP/gte-Qwen1.5-7B-instruct": PublishedModel(
         "apache-2.0", 4096, "gte-qwen", scores={"MTEB": 67.34, "C-MTEB": 69.52}
     ),
-    "intfloat/e5-mistral-7b-instruct": Published(
+    "intfloat/e5-mistral-7b-instruct": PublishedModel(
         "mit", 4096, "e5-mistral", scores={"MTEB": 66.63, "C-MTEB": 60.81}
     ),
-    "infly/inf-retriever-v1": Published(
+    "infly/inf-retriever-v1": PublishedModel(
         "apache-2.0", 3584, "gte-qwen", shape="gte-Qwen2-7B-instruct"
     ),
-    "infly/inf-retriever-v1-1.5b": Published(
+    "infly/inf-retriever-v1-1.5b": PublishedModel(
         "apache-2.0", 1536, "gte-qwen", shape="gte-Qwen2-1.5B-instruct"
     ),
-    "nvidia/NV-Embed-v1": Published("cc-by-nc-4.0", 4096, "nv-embed", scores={"MTEB": 69.32}),
-    "nvidia/NV-Embed-v2": Published("cc-by-nc-4.0", 4096, "nv-embed", shape="NV-Embed-v1"),
-    "Qwen/Qwen3-Embedding-0.6B": Published(
+    "nvidia/NV-Embed-v1": PublishedModel("cc-by-nc-4.0", 4096, "nv-embed", scores={"MTEB": 69.32}),
+    "nvidia/NV-Embed-v2": PublishedModel("cc-by-nc-4.0", 4096, "nv-embed", shape="NV-Embed-v1"),
+    "Qwen/Qwen3-Embedding-0.6B": PublishedModel(
         "apache-2.0",
         1024,
         "qwen3-embedding",
         scores={"MTEB(eng, v2)": 70.70, "C-MTEB": 66.33, "MTEB(Multilingual)": 64.33},
     ),
-    "Qwen/Qwen3-Embedding-4B": Published(
+    "Qwen/Qwen3-Embedding-4B": PublishedModel(
         "apache-2.0",
         2560,
         "qwen3-embedding",
         scores={"MTEB(eng, v2)": 74.60, "C-MTEB": 72.27, "MTEB(Multilingual)": 69.45},
     ),
-    "Qwen/Qwen3-Embedding-8B": Published(
+    "Qwen/Qwen3-Embedding-8B": PublishedModel(
         "apache-2.0",
         4096,
         "qwen3-embedding",
         scores={"MTEB(eng, v2)": 75.22, "C-MTEB": 73.84, "MTEB(Multilingual)": 70.58},
     ),
-    "Salesforce/SFR-Embedding-Mistral": Published(
+    "Salesforce/SFR-Embedding-Mistral": PublishedModel(
         "cc-by-nc-4.0", 4096, "e5-mistral", shape="e5-mistral-7b-instruct"
     ),
-    "Salesforce/SFR-Embedding-2_R": Published(
+    "Salesforce/SFR-Embedding-2_R": PublishedModel(
         "cc-by-nc-4.0", 4096, "e5-mistral", shape="e5-mistral-7b-instruct"
     ),
-    "Linq-AI-Research/Linq-Embed-Mistral": Published(
+    "Linq-AI-Research/Linq-Embed-Mistral": PublishedModel(
         "cc-by-nc-4.0", 4096, "e5-mistral", shape="e5-mistral-7b-instruct"
     ),
-    "Octen/Octen-Embedding-0.6B": Published(
+    "Octen/Octen-Embedding-0.6B": PublishedModel(
         "apache-2.0", 1024, "octen-embedding", shape="Qwen3-Embedding-0.6B"
     ),
-    "Octen/Octen-Embedding-4B": Published(
+    "Octen/Octen-Embedding-4B": PublishedModel(
         "apache-2.0", 2560, "octen-embedding", shape="Qwen3-Embedding-4B"
     ),
-    "Octen/Octen-Embedding-8B": Published(
+    "Octen/Octen-Embedding-8B": PublishedModel(
         "apache-2.0", 4096, "octen-embedding", shape="Qwen3-Embedding-8B"
     ),
-    "codefuse-ai/F2LLM-v2-80M": Published("apache-2.0", 320, "f2llm-v2", attention="causal"),
-    "codefuse-ai/F2LLM-v2-160M": Published("apache-2.0", 640, "f2llm-v2", attention="causal"),
-    "codefuse-ai/F2LLM-v2-330M": Published("apache-2.0", 896, "f2llm-v2", attention="causal"),
-    "codefuse-ai/F2LLM-v2-0.6B": Published("apache-2.0", 1024, "f2llm-v2"),
-    "codefuse-ai/F2LLM-v2-1.7B": Published("apache-2.0", 2048, "f2llm-v2"),
-    "codefuse-ai/F2LLM-v2-4B": Published("apache-2.0", 2560, "f2llm-v2"),
-    "codefuse-ai/F2LLM-v2-8B": Published("apache-2.0", 4096, "f2llm-v2"),
-    "codefuse-ai/F2LLM-v2-14B": Published("apache-2.0", 5120, "f2llm-v2"),
-    "microsoft/harrier-oss-v1-270m": Published("mit", 640, "harrier-oss"),
-    "microsoft/harrier-oss-v1-0.6b": Published("mit", 1024, "harrier-oss"),
-    "microsoft/harrier-oss-v1-27b": Published("mit", 5376, "harrier-oss"),
-    "tencent/KaLM-Embedding-Gemma3-12B-2511": Published(
+    "codefuse-ai/F2LLM-v2-80M": PublishedModel("apache-2.0", 320, "f2llm-v2", attention="causal"),
+    "codefuse-ai/F2LLM-v2-160M": PublishedModel("apache-2.0", 640, "f2llm-v2", attention="causal"),
+    "codefuse-ai/F2LLM-v2-330M": PublishedModel("apache-2.0", 896, "f2llm-v2", attention="causal"),
+    "codefuse-ai/F2LLM-v2-0.6B": PublishedModel("apache-2.0", 1024, "f2llm-v2"),
+    "codefuse-ai/F2LLM-v2-1.7B": PublishedModel("apache-2.0", 2048, "f2llm-v2"),
+    "codefuse-ai/F2LLM-v2-4B": PublishedModel("apache-2.0", 2560, "f2llm-v2"),
+    "codefuse-ai/F2LLM-v2-8B": PublishedModel("apache-2.0", 4096, "f2llm-v2"),
+    "codefuse-ai/F2LLM-v2-14B": PublishedModel("apache-2.0", 5120, "f2llm-v2"),
+    "microsoft/harrier-oss-v1-270m": PublishedModel("mit", 640, "harrier-oss"),
+    "microsoft/harrier-oss-v1-0.6b": PublishedModel("mit", 1024, "harrier-oss"),
+    "microsoft/harrier-oss-v1-27b": PublishedModel("mit", 5376, "harrier-oss"),
+    "tencent/KaLM-Embedding-Gemma3-12B-2511": PublishedModel(
         None, 3840, "kalm-embedding-gemma3", trained_dims=(3840, 2048, 1024, 512, 256, 128, 64)
     ),
-    "GritLM/GritLM-7B": Published("apache-2.0", 4096, "gritlm", shape="NV-Embed-v1"),
-    "intfloat/multilingual-e5-large-instruct": Published(
+    "GritLM/GritLM-7B": PublishedModel("apache-2.0", 4096, "gritlm", shape="NV-Embed-v1"),
+    "intfloat/multilingual-e5-large-instruct": PublishedModel(
         "mit", 1024, "multilingual-e5-large-instruct"
     ),
-    "nvidia/Nemotron-3-Embed-1B-BF16": Published(
+    "nvidia/Nemotron-3-Embed-1B-BF16": PublishedModel(
         "openmdw-1.1",
         2048,
         attention="bidirectional",
@@ -257,7 +257,7 @@ PUBLISHED: Mapping[str, Published] = {
         query_prompt="query: ",
         document_prompt="passage: ",
     ),
-    "nvidia/Nemotron-3-Embed-8B-BF16": Published(
+    "nvidia/Nemotron-3-Embed-8B-BF16": PublishedModel(
         "openmdw-1.1",
         4096,
         attention="bidirectional",
@@ -266,7 +266,7 @@ PUBLISHED: Mapping[str, Published] = {
         query_prompt="query: ",
         document_prompt="passage: ",
     ),
-    "google/embeddinggemma-300m": Published(
+    "google/embeddinggemma-300m": PublishedModel(
         "gemma",
         768,
         attention="bidirectional",
@@ -277,10 +277,10 @@ PUBLISHED: Mapping[str, Published] = {
         dense=(3072, 768),
         trained_dims=(768, 512, 256, 128),
     ),
-    "Alibaba-NLP/gte-modernbert-base": Published(
+    "Alibaba-NLP/gte-modernbert-base": PublishedModel(
         "apache-2.0", 768, attention="bidirectional", pooling="cls", max_tokens=8192
     ),
-    "BAAI/bge-m3": Published(
+    "BAAI/bge-m3": PublishedModel(
         "mit", 1024, attention="bidirectional", pooling="cls", max_tokens=8192
     ),
 }

@@ -18,9 +18,9 @@ from gteopt.errors import (
     InputError,
     IntegrityError,
     UnsupportedError,
+    escape_control_characters,
     is_out_of_memory,
     join_problems,
-    visible,
 )
 
 MOST_JSON_BYTES = 64 << 20
@@ -33,7 +33,7 @@ _SHOWN = 200
 class ForeignFile(BaseModel):
     """A JSON object that another library wrote: known fields are typed, others are refused.
 
-    `parse` accepts an unknown field only if it says nothing (null, false, empty).
+    `parse_foreign` accepts an unknown field only if it says nothing (null, false, empty).
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, populate_by_name=True)
@@ -42,13 +42,13 @@ class ForeignFile(BaseModel):
 _File = TypeVar("_File", bound=ForeignFile)
 
 
-def shorten(value: object) -> str:
+def shorten_value(value: object) -> str:
     """A value for a message: one line, no control characters, at most 200 characters."""
-    text = visible(" ".join(str(value).split()))
+    text = escape_control_characters(" ".join(str(value).split()))
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
 
 
-def inside(folder: Path, name: object, *, of: str) -> Path:
+def path_inside_folder(folder: Path, name: object, *, of: str) -> Path:
     """The path of a file or folder that a file of `folder` names.
 
     Args:
@@ -60,17 +60,18 @@ def inside(folder: Path, name: object, *, of: str) -> Path:
         IntegrityError: the path is not relative, or leads out of the folder (also by a link).
     """
     if not isinstance(name, str) or "\0" in name:
-        raise IntegrityError(f"{folder}/{of} names a path that is no text: {shorten(name)!r}")
+        raise IntegrityError(f"{folder}/{of} names a path that is no text: {shorten_value(name)!r}")
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name:
         raise IntegrityError(
-            f"{folder}/{of} names the path {shorten(name)!r}, which leads out of the folder"
+            f"{folder}/{of} names the path {shorten_value(name)!r}, which leads out of the folder"
         )
     if len(name) > _LONGEST_PATH or any(
         len(part.encode(errors="replace")) > 255 for part in pure.parts
     ):
         raise IntegrityError(
-            f"{folder}/{of} names the path {shorten(name)!r}, which is longer than a path can be"
+            f"{folder}/{of} names the path {shorten_value(name)!r}, which is longer than a "
+            f"path can be"
         )
     path = folder / pure
     check_link(folder, path)
@@ -86,7 +87,7 @@ def check_link(folder: Path, path: Path) -> None:
     try:
         target, root = path.resolve(), folder.resolve()
     except (OSError, RuntimeError) as error:  # a name too long, or links in a circle
-        raise IntegrityError(f"{shorten(path)} cannot be followed ({error})") from error
+        raise IntegrityError(f"{shorten_value(path)} cannot be followed ({error})") from error
     if target.is_relative_to(root):
         return
     # The Hub's cache holds snapshots/<commit>/<file> as links to blobs/<hash>.
@@ -132,10 +133,10 @@ def read_any_json(path: Path) -> Any:
     except RecursionError as error:
         raise IntegrityError(f"{path} is nested too deeply") from error
     except (ValueError, OSError) as error:
-        raise IntegrityError(f"{path} is not valid JSON ({shorten(error)})") from error
+        raise IntegrityError(f"{path} is not valid JSON ({shorten_value(error)})") from error
 
 
-def parse(kind: type[_File], content: Mapping[str, Any], path: Path) -> _File:
+def parse_foreign(kind: type[_File], content: Mapping[str, Any], path: Path) -> _File:
     """Foreign JSON as a typed object.
 
     Raises:
@@ -147,7 +148,7 @@ def parse(kind: type[_File], content: Mapping[str, Any], path: Path) -> _File:
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, "
-            f"found {shorten(problem['input'])}"
+            f"found {shorten_value(problem['input'])}"
             for problem in error.errors(include_url=False)[:10]
         ]
         raise InputError(join_problems(f"{path} is wrong", problems)) from error
@@ -155,8 +156,8 @@ def parse(kind: type[_File], content: Mapping[str, Any], path: Path) -> _File:
     if unknown:
         raise UnsupportedError(
             f"{path} has options that gteopt does not know: "
-            f"{', '.join(map(shorten, sorted(unknown)[:10]))}; a model that needs them would get "
-            f"other vectors. Remove them if they do not matter"
+            f"{', '.join(map(shorten_value, sorted(unknown)[:10]))}; a model that needs them would "
+            f"get other vectors. Remove them if they do not matter"
         )
     return read
 
@@ -180,10 +181,10 @@ def foreign_errors(folder: Path, action: str) -> Iterator[None]:
         if isinstance(error, RuntimeError | MemoryError) and is_out_of_memory(error):
             raise
         raise IntegrityError(
-            f"{folder}: {action} failed ({type(error).__name__}: {shorten(error)}); the files are "
-            f"damaged or belong to another model"
+            f"{folder}: {action} failed ({type(error).__name__}: {shorten_value(error)}); the "
+            f"files are damaged or belong to another model"
         ) from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # raised by Rust code on broken input
             raise
-        raise IntegrityError(f"{folder}: {action} failed ({shorten(error)})") from error
+        raise IntegrityError(f"{folder}: {action} failed ({shorten_value(error)})") from error

@@ -50,7 +50,7 @@ _READ_AGAIN = "run the same command again: files that have arrived are not fetch
 
 
 @dataclass(frozen=True)
-class Content:
+class UploadContent:
     """A file to send: its path or bytes, its size and its SHA-256."""
 
     source: Path | bytes
@@ -71,7 +71,7 @@ class RemoteFile:
     git_sha1: str
     sha256: str | None
 
-    def holds(self, content: Content) -> bool:
+    def holds(self, content: UploadContent) -> bool:
         """Whether the file has the bytes of `content`."""
         if self.n_bytes != content.n_bytes:
             return False
@@ -98,7 +98,7 @@ class Repository:
 
 
 @dataclass(frozen=True)
-class Sent:
+class UploadResult:
     """The result of an upload, as paths in the repository.
 
     Attributes:
@@ -139,7 +139,7 @@ def check_token() -> None:
         )
 
 
-def find(
+def find_repository(
     repo: str, revision: str | None = None, *, kind: RepositoryKind = "model"
 ) -> Repository | None:
     """The repository at a branch, tag or commit; None if the token can see no such repository.
@@ -173,7 +173,7 @@ def find(
     )
 
 
-def create(repo: str, *, private: bool) -> Repository:
+def create_repository(repo: str, *, private: bool) -> Repository:
     """Create an empty repository.
 
     Raises:
@@ -182,19 +182,19 @@ def create(repo: str, *, private: bool) -> Repository:
     with _plainly(repo, "write to"):
         # exist_ok: the token may write to it but not see it, or it was created a moment ago.
         HfApi().create_repo(repo, private=private, exist_ok=True)
-    created = find(repo)
+    created = find_repository(repo)
     if created is None:
         raise InputError(f"{repo} was created, but the hub does not show it; {_AGAIN}")
     return created
 
 
-def send(
+def upload_files(
     repository: Repository,
-    files: Mapping[str, Content],
+    files: Mapping[str, UploadContent],
     *,
     stale: Collection[str] = (),
     message: str,
-) -> Sent:
+) -> UploadResult:
     """Upload files to a repository in one commit on `main`; only `stale` files are deleted.
 
     Bytes that the hub already has are not sent again, also after an interrupted upload. No file is
@@ -233,7 +233,7 @@ def send(
                 .oid
             )
         _check_arrived(repository.id, commit, files)
-    return Sent(
+    return UploadResult(
         url=f"{HfApi().endpoint}/{repository.id}",
         commit=commit,
         sent=tuple(new),
@@ -242,7 +242,7 @@ def send(
     )
 
 
-def fetch(repository: Repository, paths: Iterable[str], into: Path) -> None:
+def download_files(repository: Repository, paths: Iterable[str], into: Path) -> None:
     """Download files of a repository into a folder; each file appears there when it is complete.
 
     Files that are already there are kept. After a broken connection a download continues; after a
@@ -268,7 +268,7 @@ class Snapshot:
     commit: str
 
 
-def snapshot(repo: str, patterns: Iterable[str], revision: str | None = None) -> Snapshot:
+def download_snapshot(repo: str, patterns: Iterable[str], revision: str | None = None) -> Snapshot:
     """Download the files that match into the client's cache, except those that are there.
 
     Without a network, the files of an earlier call are used.
@@ -284,7 +284,7 @@ def snapshot(repo: str, patterns: Iterable[str], revision: str | None = None) ->
     return Snapshot(folder, folder.name)
 
 
-def cached_file(repository: Repository, path: str, kind: RepositoryKind = "model") -> Path:
+def cached_hub_file(repository: Repository, path: str, kind: RepositoryKind = "model") -> Path:
     """Bring one file into the client's cache, where it stays, and return its path there.
 
     Raises:
@@ -304,7 +304,7 @@ class RemoteTensors:
     n_bytes: int
 
 
-def read_headers(repo: str, paths: Iterable[str], commit: str) -> RemoteTensors:
+def read_remote_headers(repo: str, paths: Iterable[str], commit: str) -> RemoteTensors:
     """The tensors in safetensors files of a repository, by one or two range requests a file.
 
     Raises:
@@ -327,7 +327,7 @@ def read_headers(repo: str, paths: Iterable[str], commit: str) -> RemoteTensors:
     return RemoteTensors(shapes, n_bytes)
 
 
-def _steps(paths: Iterable[str], files: Mapping[str, Content]) -> Iterator[list[str]]:
+def _steps(paths: Iterable[str], files: Mapping[str, UploadContent]) -> Iterator[list[str]]:
     """The paths, largest file first, in groups that are uploaded together."""
     step: list[str] = []
     for path in sorted(paths, key=lambda path: (-files[path].n_bytes, path)):
@@ -339,13 +339,13 @@ def _steps(paths: Iterable[str], files: Mapping[str, Content]) -> Iterator[list[
         yield step
 
 
-def _is_there(repository: Repository, path: str, content: Content) -> bool:
+def _is_there(repository: Repository, path: str, content: UploadContent) -> bool:
     file = repository.files.get(path)
     return file is not None and file.holds(content)
 
 
-def _check_arrived(repo: str, commit: str, files: Mapping[str, Content]) -> None:
-    after = find(repo, commit)
+def _check_arrived(repo: str, commit: str, files: Mapping[str, UploadContent]) -> None:
+    after = find_repository(repo, commit)
     wrong = [
         path
         for path, content in files.items()
@@ -407,7 +407,7 @@ def _explanation(repo: str, verb: str, error: Exception) -> str | None:
     return None
 
 
-def nothing_there(repo: str) -> str:
+def missing_repository(repo: str) -> str:
     """The message for a missing or private repository; the hub does not tell which it is."""
     return (
         f"there is no repository {repo} that you may see; check the name, and for a private one "
@@ -426,7 +426,7 @@ def _of_status(repo: str, verb: str, error: HfHubHTTPError) -> str:
     if isinstance(error, GatedRepoError):
         return f"{repo} is gated; ask for access on its page{reason}"
     if isinstance(error, RepositoryNotFoundError) and verb == "read":
-        return nothing_there(repo)
+        return missing_repository(repo)
     if status == 401:
         return (
             f"the hub does not accept the access token{reason}; make one that may {verb} {repo} "

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from gteopt.errors import InputError, suggest
+from gteopt.errors import InputError, suggest_names
 from gteopt.model import hub
 from gteopt.model.artifact import is_artifact, read_manifest
 from gteopt.model.families import PUBLISHED
@@ -23,7 +23,7 @@ _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.md", "*.jinja")
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """The folder that a name means.
 
     Attributes:
@@ -38,32 +38,34 @@ class Source:
     remote: hub.RemoteTensors | None = None
 
 
-def resolve(source: str, hub_dir: Path | None, revision: str | None, headers_only: bool) -> Source:
+def resolve_source(
+    source: str, hub_dir: Path | None, revision: str | None, headers_only: bool
+) -> ModelSource:
     """The folder that a name means; a model on the Hub is fetched.
 
     Raises:
         InputError: there is no such folder or model; similar names are suggested.
     """
     if source == NANO:
-        return Source(ASSETS / "nano", NANO, revision)
+        return ModelSource(ASSETS / "nano", NANO, revision)
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None
     if hub_dir is not None and is_hub_id and (hub_dir / source).is_dir():
-        return Source(hub_dir / source, source, revision)
+        return ModelSource(hub_dir / source, source, revision)
     if Path(source).is_dir():
-        return Source(Path(source), Path(source).resolve().name, revision)
+        return ModelSource(Path(source), Path(source).resolve().name, revision)
     if Path(source).is_file():
         raise InputError(f"{source} is a file; give the folder of a model")
     if hub_dir is not None:
         present = sorted(p.relative_to(hub_dir).as_posix() for p in hub_dir.glob("*/*"))
         raise InputError(
             f"no model {source}: it is no folder and {hub_dir / source} does not exist; "
-            f"{suggest(source, [NANO, *present])} To add it: hf download {source} --local-dir "
-            f"{hub_dir / source}"
+            f"{suggest_names(source, [NANO, *present])} To add it: hf download {source} "
+            f"--local-dir {hub_dir / source}"
         )
     if not is_hub_id:
         raise InputError(
             f"unknown model '{source}': not a folder and not a Hub id (<org>/<name>); "
-            f"{suggest(source, [NANO, *PUBLISHED])}"
+            f"{suggest_names(source, [NANO, *PUBLISHED])}"
         )
     try:
         return _download(source, revision, headers_only)
@@ -71,16 +73,16 @@ def resolve(source: str, hub_dir: Path | None, revision: str | None, headers_onl
         raise InputError(
             f"there is no folder {source}, and no model of that name could be fetched from the "
             f"hub: {error}. Or download it elsewhere and give --hub-dir. "
-            f"{suggest(source, [NANO, *PUBLISHED])}"
+            f"{suggest_names(source, [NANO, *PUBLISHED])}"
         ) from error
 
 
-def _download(hub_id: str, revision: str | None, headers_only: bool) -> Source:
+def _download(hub_id: str, revision: str | None, headers_only: bool) -> ModelSource:
     """Fetch the files that describe a model, then its weights or their headers.
 
     Of an artifact, every file in its manifest is fetched.
     """
-    described = hub.snapshot(hub_id, _SIDE_FILES, revision)
+    described = hub.download_snapshot(hub_id, _SIDE_FILES, revision)
     folder, commit = described.folder, described.commit
     if is_artifact(folder):
         wanted = [record.path for record in read_manifest(folder).files]
@@ -90,8 +92,8 @@ def _download(hub_id: str, revision: str | None, headers_only: bool) -> Source:
         wanted = [SINGLE]
     if headers_only and not all((folder / path).is_file() for path in wanted):
         weights = [path for path in wanted if path.endswith(".safetensors")]
-        return Source(folder, hub_id, commit, hub.read_headers(hub_id, weights, commit))
+        return ModelSource(folder, hub_id, commit, hub.read_remote_headers(hub_id, weights, commit))
     if not headers_only:
         rest = [*map(glob.escape, wanted)] if is_artifact(folder) else ["*.safetensors"]
-        hub.snapshot(hub_id, rest, commit)
-    return Source(folder, hub_id, commit)
+        hub.download_snapshot(hub_id, rest, commit)
+    return ModelSource(folder, hub_id, commit)

@@ -15,7 +15,14 @@ from pydantic import Field, StrictBool, field_validator
 
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.model.families import Pooling
-from gteopt.model.foreign import ForeignFile, inside, parse, read_any_json, read_json, shorten
+from gteopt.model.foreign import (
+    ForeignFile,
+    parse_foreign,
+    path_inside_folder,
+    read_any_json,
+    read_json,
+    shorten_value,
+)
 
 SETTINGS_FILE = "config_sentence_transformers.json"
 MODULES_FILE = "modules.json"
@@ -53,7 +60,7 @@ _REFUSED = {
 }
 
 
-class Settings(ForeignFile):
+class StSettings(ForeignFile):
     """`config_sentence_transformers.json`: settings of the whole model."""
 
     prompts: dict[str, str | None] = Field(default_factory=dict)
@@ -186,7 +193,7 @@ class StFolder:
         remote: types of modules whose code is not Sentence Transformers' own.
     """
 
-    settings: Settings
+    settings: StSettings
     transformer: TransformerSettings
     modules: tuple[ModuleEntry, ...]
     remote: tuple[str, ...]
@@ -261,17 +268,17 @@ def read_st_folder(folder: Path) -> StFolder:
         UnsupportedError: gteopt does not support a module or an option.
     """
     path = folder / SETTINGS_FILE
-    settings = parse(Settings, read_json(path, optional=True), path)
+    settings = parse_foreign(StSettings, read_json(path, optional=True), path)
     if settings.model_type not in (None, "", "SentenceTransformer"):
         raise UnsupportedError(
-            f"{folder} is a {shorten(settings.model_type)}, not a SentenceTransformer; gteopt "
-            f"takes models that give one vector a text"
+            f"{folder} is a {shorten_value(settings.model_type)}, not a SentenceTransformer; "
+            f"gteopt takes models that give one vector a text"
         )
     name = settings.default_prompt_name
     if name is not None and name not in settings.prompts:
         raise InputError(
-            f"{path}: default_prompt_name {shorten(name)!r} is none of the prompts "
-            f"({', '.join(map(shorten, settings.prompts)) or 'there are none'})"
+            f"{path}: default_prompt_name {shorten_value(name)!r} is none of the prompts "
+            f"({', '.join(map(shorten_value, settings.prompts)) or 'there are none'})"
         )
     transformer = _read_transformer_settings(folder)
     modules, remote = _read_modules(folder)
@@ -284,7 +291,7 @@ def _read_transformer_settings(folder: Path) -> TransformerSettings:
         if not path.is_file():
             continue
         content = read_json(path)
-        settings = parse(TransformerSettings, content, path)
+        settings = parse_foreign(TransformerSettings, content, path)
         unknown = [
             f"{group}.{option}"
             for group, option in _options(settings)
@@ -304,8 +311,8 @@ def _read_transformer_settings(folder: Path) -> TransformerSettings:
         if unknown:
             raise UnsupportedError(
                 f"{path} has options that gteopt does not know: "
-                f"{', '.join(map(shorten, unknown))}; a model that needs them would get other "
-                f"vectors"
+                f"{', '.join(map(shorten_value, unknown))}; a model that needs them would get "
+                f"other vectors"
             )
         return settings
     return TransformerSettings()
@@ -353,24 +360,24 @@ def _read_modules(folder: Path) -> tuple[tuple[ModuleEntry, ...], tuple[str, ...
     for row in rows:
         full_name, place = row.get("type"), row.get("path", "")
         if not isinstance(full_name, str):
-            raise InputError(f"{path}: a module without a type: {shorten(row)}")
-        module_folder = inside(folder, place, of=MODULES_FILE)
+            raise InputError(f"{path}: a module without a type: {shorten_value(row)}")
+        module_folder = path_inside_folder(folder, place, of=MODULES_FILE)
         if str(place).startswith(VECTOR_MODULES):
             continue
         kind = full_name.rsplit(".", maxsplit=1)[-1]
         if not full_name.startswith("sentence_transformers."):
-            remote.append(shorten(full_name))
+            remote.append(shorten_value(full_name))
             continue
         if kind not in _SUPPORTED:
             reason = _REFUSED.get(kind, "gteopt would give other vectors without it")
             raise UnsupportedError(
-                f"{folder}: module {shorten(full_name)} is not supported: {reason} (supported: "
-                f"{', '.join(_SUPPORTED)})"
+                f"{folder}: module {shorten_value(full_name)} is not supported: {reason} "
+                f"(supported: {', '.join(_SUPPORTED)})"
             )
         if kind == "Transformer" and place not in ("", "."):
             raise UnsupportedError(
-                f"{folder} has its transformer in {shorten(place)}, as old releases saved it; "
-                f"save it again: SentenceTransformer('{folder}').save('NEW_FOLDER')"
+                f"{folder} has its transformer in {shorten_value(place)}, as old releases saved "
+                f"it; save it again: SentenceTransformer('{folder}').save('NEW_FOLDER')"
             )
         config = {}
         if kind not in ("Transformer", STATIC):
@@ -405,12 +412,12 @@ _MODULE_FILES: dict[str, type[ForeignFile]] = {
 
 def _check_module(kind: str, config: Mapping[str, Any], folder: Path) -> None:
     """Refuse a module's config that its class does not support or that is not safe."""
-    settings = parse(_MODULE_FILES[kind], config, folder / "config.json")
+    settings = parse_foreign(_MODULE_FILES[kind], config, folder / "config.json")
     if kind == "Pooling":
         modes = pooling_modes(config)
         if not set(modes) <= _MODES or not modes:
             raise UnsupportedError(
-                f"{folder}: pooling {shorten(' + '.join(modes) or 'none')} is not supported "
+                f"{folder}: pooling {shorten_value(' + '.join(modes) or 'none')} is not supported "
                 f"(supported: {', '.join(sorted(_MODES))})"
             )
         if config.get("include_prompt") is False and "weightedmean" in modes:
@@ -421,7 +428,7 @@ def _check_module(kind: str, config: Mapping[str, Any], folder: Path) -> None:
         activation = settings.activation_function
         if not activation.startswith(_SAFE_ACTIVATIONS):
             raise UnsupportedError(
-                f"{folder}: activation function {shorten(activation)} is none of torch's own"
+                f"{folder}: activation function {shorten_value(activation)} is none of torch's own"
             )
     if kind in ("Dense", "LayerNorm") and not (folder / "model.safetensors").is_file():
         raise UnsupportedError(
@@ -431,7 +438,7 @@ def _check_module(kind: str, config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def prompt_of(settings: Settings, role: str) -> str:
+def prompt_of_role(settings: StSettings, role: str) -> str:
     """The text before a text of a role: the role's prompt, else the default one, else nothing."""
     prompt = settings.prompts.get(role)
     if prompt:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from gteopt.errors import InputError, IntegrityError, UnsupportedError, join_problems
 from gteopt.model.artifact import MANIFEST
-from gteopt.model.foreign import check_link, inside, read_json, shorten
+from gteopt.model.foreign import check_link, path_inside_folder, read_json, shorten_value
 from gteopt.records.manifest import Manifest
 
 SINGLE = "model.safetensors"
@@ -30,7 +30,7 @@ def index_files(folder: Path) -> list[str]:
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise IntegrityError(f"{folder / INDEX} has no weight_map from tensors to files")
     for name in (names := set(map(str, weight_map.values()))):
-        inside(folder, name, of=INDEX)
+        path_inside_folder(folder, name, of=INDEX)
     return sorted(names)
 
 
@@ -48,7 +48,7 @@ def find_weight_files(folder: Path, manifest: Manifest | None) -> tuple[Path, ..
         listed = sorted(
             record.path for record in manifest.files if record.path.startswith("weights/")
         )
-        return tuple(inside(folder, name, of=MANIFEST) for name in listed)
+        return tuple(path_inside_folder(folder, name, of=MANIFEST) for name in listed)
     single = folder / SINGLE
     if single.is_file():
         check_link(folder, single)
@@ -75,7 +75,9 @@ def _without_weights(folder: Path) -> InputError | UnsupportedError:
 
     def some(*patterns: str) -> str:
         return ", ".join(
-            shorten(path.name) for pattern in patterns for path in sorted(folder.glob(pattern))[:3]
+            shorten_value(path.name)
+            for pattern in patterns
+            for path in sorted(folder.glob(pattern))[:3]
         )
 
     if names := some("*.gguf"):
@@ -103,7 +105,7 @@ def _without_weights(folder: Path) -> InputError | UnsupportedError:
     )
 
 
-def read_headers(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
+def read_weight_headers(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in safetensors files.
 
     Raises:
@@ -117,7 +119,7 @@ def read_headers(files: tuple[Path, ...]) -> dict[str, tuple[int, ...]]:
                 for name in handle.keys():  # noqa: SIM118 - safe_open is no mapping
                     shapes[name] = tuple(handle.get_slice(name).get_shape())
         except (SafetensorError, OSError, ValueError) as error:
-            problems.append(f"{path.name} ({path.stat().st_size} bytes): {shorten(error)}")
+            problems.append(f"{path.name} ({path.stat().st_size} bytes): {shorten_value(error)}")
     if problems:
         subject = f"{files[0].parent} has broken weight files; download them again"
         raise IntegrityError(join_problems(subject, problems))

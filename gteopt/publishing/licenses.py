@@ -47,7 +47,7 @@ _CREATIVE_COMMONS = re.compile(r"cc-by(?P<nc>-nc)?(?:-(?P<how>sa|nd))?-[\d.]+")
 
 
 @dataclass(frozen=True)
-class Terms:
+class LicenseTerms:
     """The license of a changed version, with its conditions.
 
     Attributes:
@@ -63,7 +63,7 @@ class Terms:
     is_known: bool = True
 
 
-def read_terms(base: str, stated: str | None, given: str | None = None) -> Terms:
+def read_license_terms(base: str, stated: str | None, given: str | None = None) -> LicenseTerms:
     """The terms under which a changed version of a base may be shared.
 
     If the base states a license of the lists above, that license holds. Otherwise the user must
@@ -113,5 +113,5 @@ def read_terms(base: str, stated: str | None, given: str | None = None) -> Terms
         )
     else:
         binds = "terms that gteopt does not know: read them"
-        return Terms(license, binds, is_stated=stated is not None, is_known=False)
-    return Terms(license, binds, is_stated=stated is not None)
+        return LicenseTerms(license, binds, is_stated=stated is not None, is_known=False)
+    return LicenseTerms(license, binds, is_stated=stated is not None)

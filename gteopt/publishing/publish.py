@@ -26,30 +26,30 @@ from gteopt.errors import InputError, IntegrityError, join_problems
 from gteopt.model import hub
 from gteopt.model.artifact import (
     MANIFEST,
-    alone,
     artifact_sha256,
-    check_free,
-    clear,
-    discard,
+    check_free_folder,
+    empty_folder,
     hash_file,
     is_artifact,
-    place,
+    lock_stage,
     read_manifest,
-    seal,
+    remove_artifact,
+    rename_stage,
+    seal_artifact,
     stage_folder,
     verify,
 )
 from gteopt.model.checkpoint import open_checkpoint
-from gteopt.publishing.licenses import Terms, read_terms
-from gteopt.publishing.published_card import Measured, published_card
-from gteopt.records.files import to_json
+from gteopt.publishing.licenses import LicenseTerms, read_license_terms
+from gteopt.publishing.published_card import MeasuredResults, published_card
+from gteopt.records.files import record_to_json
 from gteopt.records.manifest import FileRecord, Manifest
 from gteopt.records.publication import Publication, PublishedFile
 from gteopt.records.results_folder import read_results
 
 
 @dataclass(frozen=True)
-class Folder:
+class PublicationFolder:
     """A folder that is ready to be published, but not yet written or sent.
 
     Attributes:
@@ -60,19 +60,19 @@ class Folder:
     artifact: Path
     repo: str
     manifest: Manifest
-    terms: Terms
-    measured: Measured
-    files: Mapping[str, hub.Content]
+    terms: LicenseTerms
+    measured: MeasuredResults
+    files: Mapping[str, hub.UploadContent]
 
 
-def prepare(
+def prepare_publication(
     artifact: Path,
     repo: str,
     *,
     results: Path | None = None,
     license: str | None = None,
     datasets: Mapping[str, str] | None = None,
-) -> Folder:
+) -> PublicationFolder:
     """Assemble the folder that `publish` sends. It writes no file and uses no network.
 
     Args:
@@ -92,7 +92,7 @@ def prepare(
     checkpoint = open_checkpoint(artifact)
     built = checkpoint.manifest
     assert built is not None
-    terms = read_terms(built.base.id, built.base.license, license)
+    terms = read_license_terms(built.base.id, built.base.license, license)
     source = built.published_from or artifact_sha256(artifact)
     measured = _measured(results, {source, artifact_sha256(artifact)})
     text = published_card(built, checkpoint, repo, terms, measured, datasets or {}).encode()
@@ -104,16 +104,17 @@ def prepare(
             "files": tuple(sorted([*others, record], key=lambda file: file.path)),
         }
     )
-    described = to_json(manifest).encode()
+    described = record_to_json(manifest).encode()
     files = {
-        file.path: hub.Content(artifact / file.path, file.n_bytes, file.sha256) for file in others
+        file.path: hub.UploadContent(artifact / file.path, file.n_bytes, file.sha256)
+        for file in others
     }
     for path, content in ((CARD, text), (MANIFEST, described)):
-        files[path] = hub.Content(content, len(content), hashlib.sha256(content).hexdigest())
-    return Folder(artifact, repo, manifest, terms, measured, dict(sorted(files.items())))
+        files[path] = hub.UploadContent(content, len(content), hashlib.sha256(content).hexdigest())
+    return PublicationFolder(artifact, repo, manifest, terms, measured, dict(sorted(files.items())))
 
 
-def write_folder(folder: Folder, out: Path) -> Publication:
+def write_publication(folder: PublicationFolder, out: Path) -> Publication:
     """Write the folder that `publish` would send. Unchanged files are hard links to the artifact's.
 
     An earlier published folder of the same artifact at `out` is replaced.
@@ -124,11 +125,11 @@ def write_folder(folder: Folder, out: Path) -> Publication:
     if is_artifact(out) and not out.samefile(folder.artifact):
         earlier_source = read_manifest(out).published_from
         if earlier_source is not None and earlier_source == folder.manifest.published_from:
-            discard(out)
-    check_free(out)
+            remove_artifact(out)
+    check_free_folder(out)
     stage = _stage(out, "publish")
-    with alone(stage):
-        clear(stage)
+    with lock_stage(stage):
+        empty_folder(stage)
         for path, content in folder.files.items():
             target = stage / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,11 +137,11 @@ def write_folder(folder: Folder, out: Path) -> Publication:
                 target.write_bytes(content.source)
             else:
                 _link(content.source, target)
-        seal(stage, out, folder.manifest)
+        seal_artifact(stage, out, folder.manifest)
     return _publication(folder, None)
 
 
-def publish(folder: Folder, *, private: bool = False) -> Publication:
+def publish(folder: PublicationFolder, *, private: bool = False) -> Publication:
     """Send a folder in one commit, and create the repository if there is none.
 
     Files that the repository already has are not sent again. Files of an earlier version of the
@@ -155,8 +156,10 @@ def publish(folder: Folder, *, private: bool = False) -> Publication:
         return _publish(folder, private)
 
 
-def _publish(folder: Folder, private: bool) -> Publication:
-    repository = hub.find(folder.repo) or hub.create(folder.repo, private=private)
+def _publish(folder: PublicationFolder, private: bool) -> Publication:
+    repository = hub.find_repository(folder.repo) or hub.create_repository(
+        folder.repo, private=private
+    )
     if private and not repository.private:
         raise InputError(
             f"{folder.repo} exists and is public; make it private on its page on the hub, or leave "
@@ -165,7 +168,7 @@ def _publish(folder: Folder, private: bool) -> Publication:
     earlier = _earlier_version(repository, folder)
     stale = {file.path for file in earlier.files} if earlier is not None else set()
     recipe, base = folder.manifest.recipe.name, folder.manifest.base.id
-    sent = hub.send(repository, folder.files, stale=stale, message=f"{recipe} of {base}")
+    sent = hub.upload_files(repository, folder.files, stale=stale, message=f"{recipe} of {base}")
     return _publication(folder, sent)
 
 
@@ -212,21 +215,21 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
     """
     hub.check_repo_name(repo)
     if not is_artifact(out):
-        check_free(out)  # before any network request
-    repository = hub.find(repo, revision)
+        check_free_folder(out)  # before any network request
+    repository = hub.find_repository(repo, revision)
     if repository is None:
-        raise InputError(hub.nothing_there(repo))
+        raise InputError(hub.missing_repository(repo))
     with TemporaryDirectory() as scratch:
         wanted = _remote_manifest(repository, Path(scratch))
         sha256 = hash_file(Path(scratch, MANIFEST))
     if is_artifact(out) and artifact_sha256(out) == sha256:
         return verify(out)
-    check_free(out)
+    check_free_folder(out)
     stage = _stage(out, "pull")
-    with alone(stage):
+    with lock_stage(stage):
         paths = {MANIFEST, *(file.path for file in wanted.files)}
         _tidy(stage, paths)
-        hub.fetch(repository, paths, stage)
+        hub.download_files(repository, paths, stage)
         try:
             manifest = verify(stage)
         except IntegrityError as error:
@@ -241,18 +244,18 @@ def pull(repo: str, out: Path, *, revision: str | None = None) -> Manifest:
                 f"again"
             ) from error
         shutil.rmtree(stage / ".cache", ignore_errors=True)
-        place(stage, out)
+        rename_stage(stage, out)
     return manifest
 
 
-def _measured(results: Path | None, hashes: set[str]) -> Measured:
+def _measured(results: Path | None, hashes: set[str]) -> MeasuredResults:
     """Read the records of the artifact that has one of these hashes.
 
     Raises:
         InputError: the folder holds records of some kind, but none of this artifact.
     """
     if results is None:
-        return Measured(None, None, "")
+        return MeasuredResults(None, None, "")
     records = read_results(results)
     bench, evals, variants = records.bench, records.evals, records.benched
     own_evals = [report for report in evals.values() if report.artifact_sha256 in hashes]
@@ -273,7 +276,7 @@ def _measured(results: Path | None, hashes: set[str]) -> Measured:
         problems += [f"it holds {name} ({sha256[:12]})" for name, sha256 in sorted(others.items())]
         subject = f"{results} holds no record of this artifact ({', '.join(wanted)})"
         raise InputError(join_problems(subject, problems))
-    return Measured(
+    return MeasuredResults(
         eval=own_evals[0] if own_evals else None,
         bench=bench if own_names else None,
         name=own_names[0] if own_names else "",
@@ -281,7 +284,7 @@ def _measured(results: Path | None, hashes: set[str]) -> Measured:
     )
 
 
-def _earlier_version(repository: hub.Repository, folder: Folder) -> Manifest | None:
+def _earlier_version(repository: hub.Repository, folder: PublicationFolder) -> Manifest | None:
     """Manifest of the repository's artifact of the same recipe and base; None if it is empty.
 
     Raises:
@@ -310,7 +313,7 @@ def _remote_manifest(repository: hub.Repository, scratch: Path) -> Manifest:
             f"{repository.id} is not an artifact: it has no {MANIFEST}; use it as a base, or fetch "
             f"it with `hf download {repository.id}`"
         )
-    hub.fetch(repository, [MANIFEST], scratch)
+    hub.download_files(repository, [MANIFEST], scratch)
     try:
         return read_manifest(scratch)
     except IntegrityError as error:
@@ -341,7 +344,7 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _publication(folder: Folder, sent: hub.Sent | None) -> Publication:
+def _publication(folder: PublicationFolder, sent: hub.UploadResult | None) -> Publication:
     return Publication(
         schema="gteopt.publication/1",
         repo=folder.repo,

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
-from gteopt.build.card import card
+from gteopt.build.card import render_card
 from gteopt.model.checkpoint import NANO, Checkpoint
-from gteopt.publishing.licenses import Terms
+from gteopt.publishing.licenses import LicenseTerms
 from gteopt.records.bench import BenchReport
 from gteopt.records.evaluation import EvalReport, Fidelity, FidelityReport, TaskScore
 from gteopt.records.manifest import Manifest
@@ -25,7 +25,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredResults:
     """The records of one artifact; None for a record that does not exist.
 
     Attributes:
@@ -42,8 +42,8 @@ def published_card(
     manifest: Manifest,
     checkpoint: Checkpoint,
     repo: str,
-    terms: Terms,
-    measured: Measured,
+    terms: LicenseTerms,
+    measured: MeasuredResults,
     datasets: Mapping[str, str],
 ) -> str:
     """The text of README.md: the artifact's card, its license and its measured results.
@@ -73,10 +73,10 @@ def published_card(
     sections.append(
         "## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(manifest, terms, measured))
     )
-    return card(manifest, checkpoint, place=repo, metadata=metadata, findings=sections)
+    return render_card(manifest, checkpoint, place=repo, metadata=metadata, findings=sections)
 
 
-def _license_metadata(base: str, terms: Terms) -> dict[str, object]:
+def _license_metadata(base: str, terms: LicenseTerms) -> dict[str, object]:
     """The hub's license metadata: a license that the hub knows, or `other` with a name."""
     if terms.is_known or (terms.is_stated and terms.license != "other"):
         return {"license": terms.license}
@@ -87,7 +87,7 @@ def _license_metadata(base: str, terms: Terms) -> dict[str, object]:
     return dict(metadata)
 
 
-def _license_section(manifest: Manifest, terms: Terms) -> str:
+def _license_section(manifest: Manifest, terms: LicenseTerms) -> str:
     binds = f": **{terms.binds}**" if terms.binds else ""
     source = "stated by the base" if terms.is_stated else "stated by the publisher, not by the base"
     changed = "its linear layers are quantized" if manifest.layers else "its weights are unchanged"
@@ -315,7 +315,7 @@ def _versions(versions: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
 
 
-def _limits(manifest: Manifest, terms: Terms, measured: Measured) -> Iterator[str]:
+def _limits(manifest: Manifest, terms: LicenseTerms, measured: MeasuredResults) -> Iterator[str]:
     if terms.binds is not None:
         yield f"License: {terms.binds}."
     if measured.eval is None and measured.fidelity is not None:

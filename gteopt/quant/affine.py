@@ -20,7 +20,7 @@ from gteopt.quant.double_quantization import (
     double_quantized_bytes,
     quantize_scale,
 )
-from gteopt.quant.grid import dequantize, encode, group_width, middle
+from gteopt.quant.grid import dequantize, encode, group_width, symmetric_zero_point
 from gteopt.quant.grid_search import fit_grid, row_chunks
 from gteopt.quant.packing import pack_codes, packed_width, unpack_codes
 from gteopt.quant.static_activations import InputGrid
@@ -122,7 +122,7 @@ class PackedWeight:
     def zero(self) -> Tensor:
         """Zero points uint8 [O, G]."""
         if self.qzero is None:
-            return torch.full_like(self.scale, middle(self.scheme), dtype=torch.uint8)
+            return torch.full_like(self.scale, symmetric_zero_point(self.scheme), dtype=torch.uint8)
         return unpack_codes(self.qzero, self.scheme.bits, self.scale.shape[1])
 
     def unpack(self) -> QuantizedWeight:

@@ -19,7 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from gteopt.errors import InputError, NumericsError
 
 
-def allocate(
+def allocate_bits(
     losses: Sequence[Sequence[float]], n_bytes: Sequence[Sequence[int]], budget: int
 ) -> list[int]:
     """Pick one choice for each layer: the least sum of losses whose bytes fit the budget.

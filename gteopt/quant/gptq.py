@@ -100,8 +100,8 @@ def solve(
         scheme: bits and groups.
         options: how to round.
         cross_term: W dX X^T, float32 [O, I]; see `HessianAccumulator.cross_term`.
-        factor: the result of `prepare` for this Hessian and these options, if several layers share
-            it.
+        factor: the result of `prepare_gptq` for this Hessian and these options, if several layers
+            share it.
 
     Raises:
         NumericsError: the weight or the Hessian holds NaN or infinity; no damping up to the mean
@@ -109,7 +109,7 @@ def solve(
     """
     weight = weight.detach().float()
     if factor is None:
-        factor = prepare(hessian, options)
+        factor = prepare_gptq(hessian, options)
     if cross_term is not None:
         weight = _corrected(weight, cross_term, factor, options.gptaq_strength)
     grids = fit_grids(
@@ -128,7 +128,7 @@ def solve(
     return GptqResult(kept, used, n_dead, ratio_db(signal, noise))
 
 
-def prepare(hessian: Tensor, options: GptqOptions) -> InverseFactor:
+def prepare_gptq(hessian: Tensor, options: GptqOptions) -> InverseFactor:
     """The factor that `solve` needs; layers that read the same inputs can share it.
 
     Raises:
@@ -150,7 +150,7 @@ def is_finite(values: Tensor) -> bool:
     return not values.numel() or bool(torch.stack(values.aminmax()).isfinite().all())
 
 
-def work_bytes(out_features: int, in_features: int, *, n_cross_rows: int = 0) -> int:
+def gptq_work_bytes(out_features: int, in_features: int, *, n_cross_rows: int = 0) -> int:
     """Peak bytes of `solve` and of the statistics, without the weight.
 
     The peak is either in the factorization or after it. Then memory holds the Hessian, the factor,

@@ -149,7 +149,7 @@ def code_range(scheme: LayerScheme) -> tuple[int, int]:
     return int(scheme.symmetric and scheme.bits == 8), (1 << scheme.bits) - 1
 
 
-def middle(scheme: LayerScheme) -> int:
+def symmetric_zero_point(scheme: LayerScheme) -> int:
     """The zero point of every symmetric group."""
     return 1 << (scheme.bits - 1)
 
@@ -191,12 +191,12 @@ def grid_of_range(low: Tensor, high: Tensor, scheme: LayerScheme) -> tuple[Tenso
     if scheme.number_format != "int":
         step = torch.maximum(-low, high) / _LARGEST[scheme.number_format]
         scale = torch.where(step > 0, step, 1.0).clamp_min(SMALLEST_SCALE).half()
-        return scale, torch.full_like(scale, middle(scheme), dtype=torch.uint8)
+        return scale, torch.full_like(scale, symmetric_zero_point(scheme), dtype=torch.uint8)
     lowest, highest = code_range(scheme)
     span = 2 * torch.maximum(-low, high) if scheme.symmetric else high - low
     step = torch.where(span > 0, span / (highest - lowest), 1.0)
     scale = step.clamp_min(SMALLEST_SCALE).half()
     if scheme.symmetric:
-        return scale, torch.full_like(scale, middle(scheme), dtype=torch.uint8)
+        return scale, torch.full_like(scale, symmetric_zero_point(scheme), dtype=torch.uint8)
     zero = torch.round(-low / scale.float()).clamp_(lowest, highest)
     return scale, zero.to(torch.uint8)

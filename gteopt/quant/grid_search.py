@@ -19,7 +19,7 @@ from gteopt.quant.grid import (
     code_range,
     grid_of_range,
     group_width,
-    middle,
+    symmetric_zero_point,
 )
 
 _CHUNK_WEIGHTS, _CHUNK_WEIGHTS_CPU = 1 << 21, 1 << 18
@@ -167,7 +167,9 @@ def _errors(
         nearest = _nf4_of_cells(str(steps.device)).index_select(0, cells).view(steps.shape)
     elif scheme.symmetric:
         lowest, highest = code_range(scheme)
-        nearest = steps.round().clamp_(lowest - middle(scheme), highest - middle(scheme))
+        nearest = steps.round().clamp_(
+            lowest - symmetric_zero_point(scheme), highest - symmetric_zero_point(scheme)
+        )
     else:
         steps.add_(zero[..., None])
         nearest = steps.round().clamp_(*code_range(scheme))

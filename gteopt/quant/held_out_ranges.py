@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gteopt.quant.affine import quantize_tokens
-from gteopt.quant.static_activations import InputGrid, SeenInputs, fit_inputs
+from gteopt.quant.static_activations import InputGrid, SeenInputs, fit_input_grid
 
 LARGEST_LOSS = 4.0
 """The largest error of a fixed grid on the worst kind, as a multiple of the error of rounding by
@@ -55,7 +55,7 @@ class HeldOutGrid:
 
 
 def fit_held_out(kinds: Sequence[KindInputs], weight_squares: Tensor) -> HeldOutGrid:
-    """Choose the strength and headroom of `fit_inputs` with the least loss on kinds left out.
+    """Choose the strength and headroom of `fit_input_grid` with the least loss on kinds left out.
 
     The mean over kinds and the worst kind count alike. Errors of different features are taken as
     independent, so the error of the outputs follows from the squared weights of each feature.
@@ -76,24 +76,24 @@ def fit_held_out(kinds: Sequence[KindInputs], weight_squares: Tensor) -> HeldOut
     kinds = [kind for kind in kinds if len(kind.rows)]
     together = reduce(SeenInputs.union, [kind.seen for kind in kinds])
     if len(kinds) == 1:
-        return HeldOutGrid(fit_inputs(together), 0.0)
+        return HeldOutGrid(fit_input_grid(together), 0.0)
     by_token = [_error(kind.rows, _round_tokens(kind.rows), weight_squares) for kind in kinds]
     others = [
         reduce(SeenInputs.union, [other.seen for other in kinds if other is not kind])
         for kind in kinds
     ]
-    best = HeldOutGrid(fit_inputs(together), torch.inf)
+    best = HeldOutGrid(fit_input_grid(together), torch.inf)
     least = torch.inf
     for strength, headroom in product(_STRENGTHS, _HEADROOMS):
         losses = []
         for kind, rest, yardstick in zip(kinds, others, by_token, strict=True):
-            grid = fit_inputs(rest, strength=strength, headroom=headroom)
+            grid = fit_input_grid(rest, strength=strength, headroom=headroom)
             rounded = grid.steps(kind.rows).mul_(grid.scale)
             losses.append(_error(kind.rows, rounded, weight_squares) / yardstick)
         worst = max(losses)
         if (total := sum(losses) / len(losses) + worst) < least:
             least = total
-            grid = fit_inputs(together, strength=strength, headroom=headroom)
+            grid = fit_input_grid(together, strength=strength, headroom=headroom)
             best = HeldOutGrid(grid, worst)
     return best
 

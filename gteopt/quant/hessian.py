@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor
 
-from gteopt.quant.products import STRIP, add_product_, product, spans
+from gteopt.quant.products import STRIP, add_product_, block_spans, matrix_product
 
 
 class HessianAccumulator:
@@ -61,7 +61,7 @@ class HessianAccumulator:
         """The mean so far, float32 [I, I]; not a copy."""
         if not self._is_mirrored:
             with torch.inference_mode():  # the sums may be tensors of inference mode
-                for start, end in spans(len(self._sum), STRIP):
+                for start, end in block_spans(len(self._sum), STRIP):
                     self._sum[start:end, end:] = self._sum[end:, start:end].T
             self._is_mirrored = True
         return self._sum
@@ -80,7 +80,7 @@ class HessianAccumulator:
         total = self.n_rows + len(x)
         beta, alpha = self.n_rows / total, 1 / total
         features = x.T  # [I, n], a view; the products copy one strip at a time
-        for start, end in spans(len(self._sum), STRIP):
+        for start, end in block_spans(len(self._sum), STRIP):
             strip = self._sum[start:, start:end]
             add_product_(strip, features[start:], features[start:end], beta=beta, alpha=alpha)
         self.mean.lerp_(x.mean(0), len(x) / total)
@@ -88,10 +88,10 @@ class HessianAccumulator:
         if original is not None:
             difference = original.to(x) - x
             if self._through is not None:
-                difference = product(difference, self._through.to(x))  # [n, O]
+                difference = matrix_product(difference, self._through.to(x))  # [n, O]
             if self._cross is None:
                 self._cross = torch.zeros(difference.shape[1], x.shape[1], device=x.device)
-            for start, end in spans(len(features), STRIP):
+            for start, end in block_spans(len(features), STRIP):
                 strip = self._cross[:, start:end]
                 add_product_(strip, difference.T, features[start:end], beta=beta, alpha=alpha)
         self.n_rows = total
@@ -107,4 +107,4 @@ class HessianAccumulator:
         """
         if self._cross is None or self._through is not None:
             return self._cross
-        return product(weight, self._cross.T)
+        return matrix_product(weight, self._cross.T)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gteopt.errors import NumericsError
-from gteopt.quant.products import STRIP, cholesky_, invert_lower_, spans
+from gteopt.quant.products import STRIP, block_spans, cholesky_, invert_lower_
 
 _MOST_DAMPING = 1.0
 """Largest damping; a larger one would outweigh the Hessian."""
@@ -111,7 +111,7 @@ def _inverse_upper(
     n = len(hessian)
     backwards = order.flip(0)
     work = torch.empty(n, n, dtype=dtype, device=hessian.device)
-    for start, end in spans(n, STRIP):  # only the lower triangle is read
+    for start, end in block_spans(n, STRIP):  # only the lower triangle is read
         rows = hessian.index_select(0, backwards[start:end])
         work[start:end, :end] = rows.index_select(1, backwards[:end])
     del rows

@@ -16,12 +16,12 @@ STRIP = 1024
 needed."""
 
 
-def spans(n: int, width: int) -> list[tuple[int, int]]:
+def block_spans(n: int, width: int) -> list[tuple[int, int]]:
     """Cut 0 to n into (start, end) pieces of at most `width`."""
     return [(start, min(start + width, n)) for start in range(0, n, width)]
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def matrix_product(a: Tensor, b: Tensor) -> Tensor:
     """The product a b^T of two matrices [M, K] and [N, K] of one dtype: [M, N].
 
     On a processor with AVX-512, oneDNN multiplies float32, because MKL uses only half of the vector
@@ -45,8 +45,8 @@ def _readable(b: Tensor) -> Tensor:
 def _product_rows(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Some rows of a b^T at a time, because a result that fits the cache is cheap to add."""
     b = _readable(b)
-    for start, end in spans(len(a), STRIP if a.device.type == "cpu" else max(1, len(a))):
-        yield slice(start, end), product(a[start:end], b)
+    for start, end in block_spans(len(a), STRIP if a.device.type == "cpu" else max(1, len(a))):
+        yield slice(start, end), matrix_product(a[start:end], b)
 
 
 def add_product_(target: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float) -> None:
@@ -78,10 +78,10 @@ def times_inverse(values: Tensor, upper: Tensor, order: Tensor) -> Tensor:
     """
     ordered = values.index_select(1, order)
     left, both = torch.empty_like(ordered), torch.empty_like(ordered)
-    for start, end in spans(len(upper), STRIP):
+    for start, end in block_spans(len(upper), STRIP):
         for at, rows in _product_rows(ordered[:, start:], upper[start:end, start:]):
             left[at, start:end] = rows
-    for start, end in spans(len(upper), STRIP):
+    for start, end in block_spans(len(upper), STRIP):
         for at, rows in _product_rows(left[:, :end], upper[:end, start:end].contiguous().T):
             both[at, start:end] = rows
     return both.index_select(1, inverse_order(order))
@@ -100,7 +100,7 @@ def quadratic_forms(rows: Tensor, symmetric: Tensor) -> Tensor:
     Only the diagonal blocks of H and the blocks right of them are read, which halves the products.
     """
     sums = torch.zeros(len(rows), device=rows.device)
-    for start, end in spans(len(symmetric), STRIP // 2):
+    for start, end in block_spans(len(symmetric), STRIP // 2):
         strip = symmetric[start:end, start:].clone()
         strip[:, end - start :] *= 2
         for at, part in _product_rows(rows[:, start:], strip):
@@ -117,14 +117,14 @@ def cholesky_(matrix: Tensor) -> bool:
     """
     n = len(matrix)
     # float64 uses narrow panels, because wide panels leave more work to the slower solve.
-    for start, end in spans(n, STRIP if matrix.dtype == torch.float32 else STRIP // 4):
+    for start, end in block_spans(n, STRIP if matrix.dtype == torch.float32 else STRIP // 4):
         corner, info = torch.linalg.cholesky_ex(matrix[start:end, start:end])
         if info.item():
             return False
         matrix[start:end, start:end] = corner
         panel = _solve_lower(corner, matrix[end:, start:end])
         matrix[end:, start:end] = panel
-        for first, last in spans(n - end, STRIP):
+        for first, last in block_spans(n - end, STRIP):
             trailing = matrix[end + first :, end + first : end + last]
             add_product_(trailing, panel[first:], panel[first:last], alpha=-1)
     matrix.tril_()
@@ -135,7 +135,7 @@ def _solve_lower(corner: Tensor, below: Tensor) -> Tensor:
     """B C^-T for a lower triangular C [w, w] and B [m, w]."""
     if corner.dtype == torch.float32 and corner.device.type == "cpu":
         identity = torch.eye(len(corner), dtype=corner.dtype)
-        return product(below, torch.linalg.solve_triangular(corner, identity, upper=False))
+        return matrix_product(below, torch.linalg.solve_triangular(corner, identity, upper=False))
     solved: Tensor = torch.linalg.solve_triangular(corner, below.T, upper=False).T
     return solved
 
@@ -148,16 +148,16 @@ def invert_lower_(lower: Tensor) -> None:
     n = len(lower)
     width = STRIP // 2
     identity = torch.eye(min(n, width), dtype=lower.dtype, device=lower.device)
-    for start, end in reversed(spans(n, width)):
+    for start, end in reversed(block_spans(n, width)):
         unit = identity[: end - start, : end - start]
         corner = torch.linalg.solve_triangular(lower[start:end, start:end], unit, upper=False)
-        below = product(lower[end:, start:end], corner.T)
-        for first, last in spans(n - end, STRIP):
+        below = matrix_product(lower[end:, start:end], corner.T)
+        for first, last in block_spans(n - end, STRIP):
             rows = lower[end + first : end + last, end : end + last]
-            lower[end + first : end + last, start:end] = -product(rows, below[:last].T)
+            lower[end + first : end + last, start:end] = -matrix_product(rows, below[:last].T)
         lower[start:end, start:end] = corner
 
 
 def row_spans(weight: Tensor, n_weights: int) -> Sequence[tuple[int, int]]:
     """Cut the rows of a weight [O, I] into (start, end) pieces of about `n_weights` weights."""
-    return spans(len(weight), max(1, n_weights // weight.shape[1]))
+    return block_spans(len(weight), max(1, n_weights // weight.shape[1]))

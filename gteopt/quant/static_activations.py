@@ -17,7 +17,7 @@ from torch import Tensor
 
 LARGEST_CODE = 255
 STRENGTH, HEADROOM = 0.65, 1.05
-"""Defaults of `fit_inputs`, chosen for the mean cosine on texts that calibration did not see
+"""Defaults of `fit_input_grid`, chosen for the mean cosine on texts that calibration did not see
 (MiniLM, gte-nano). A headroom below 1 clips outlying features."""
 
 
@@ -94,7 +94,7 @@ class SeenInputs:
         return both
 
 
-def fit_inputs(
+def fit_input_grid(
     inputs: SeenInputs, *, strength: float = STRENGTH, headroom: float = HEADROOM
 ) -> InputGrid:
     """Fit a grid to the ranges of the inputs that were seen.

@@ -12,7 +12,7 @@ from pydantic import Field
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.config.recipe import VectorCode
 from gteopt.frozen import Frozen
-from gteopt.records.environment import Conditions, Machine
+from gteopt.records.environment import Conditions, MachineRecord
 
 
 class LatencyRecord(Frozen):
@@ -209,7 +209,7 @@ class BenchReport(Frozen):
     variants: dict[str, VariantBench]
     device: str
     n_threads: int
-    machine: Machine
+    machine: MachineRecord
     versions: Conditions
     peak_gflops: dict[str, float] = Field(default_factory=dict)
     dummy: DummyRecord | None = None

@@ -8,7 +8,7 @@ Conditions = dict[str, str]
 """What a result depends on besides the variant: library versions, thread counts, environment."""
 
 
-class Machine(Frozen):
+class MachineRecord(Frozen):
     """The machine of a measurement or a build."""
 
     cpu: str

@@ -9,7 +9,7 @@ from pydantic import Field
 from gteopt.config.policy import DEFAULT_MARGIN
 from gteopt.config.recipe import VectorCode
 from gteopt.frozen import Frozen
-from gteopt.records.environment import Conditions, Machine
+from gteopt.records.environment import Conditions, MachineRecord
 
 Verdict = Literal["equivalent", "better", "worse", "undecided"]
 """The claim about a difference, given its interval and a margin that does not matter."""
@@ -17,7 +17,7 @@ Correction = Literal["family", "row"]
 """What the verdicts' error rate covers: all claims of a table together, or each row alone."""
 
 
-class Difference(Frozen):
+class ScoreDifference(Frozen):
     """Variant - baseline, on the 0 to 1 scale of scores, with a 95 % paired bootstrap interval.
 
     Attributes:
@@ -36,7 +36,7 @@ class Difference(Frozen):
     freedom: float | None = None
 
 
-class Sequential(Frozen):
+class SequentialTest(Frozen):
     """A sequential test: the difference was tested before all items were scored.
 
     Attributes:
@@ -57,7 +57,7 @@ class Sequential(Frozen):
         return self.n_scored < self.n_all
 
 
-class BesidePublished(Frozen):
+class PublishedComparison(Frozen):
     """The baseline's measured score beside a published score of the same model.
 
     Both scores are over the same queries and pairs, so an interval over these would not explain the
@@ -116,14 +116,14 @@ class TaskScore(Frozen):
     instruction: str | None
     dataset_revision: str
     n_samples: int
-    difference: Difference | None = None
+    difference: ScoreDifference | None = None
     unit: str | None = None
     n_units: int | None = None
     chance: float | None = None
     above_chance: bool | None = None
     no_interval: str | None = None
-    published: BesidePublished | None = None
-    sequential: Sequential | None = None
+    published: PublishedComparison | None = None
+    sequential: SequentialTest | None = None
 
     @property
     def is_stopped(self) -> bool:
@@ -294,7 +294,7 @@ class EvalReport(Frozen):
     baseline_score: float
     retention: float | None
     no_retention: str | None = None
-    difference: Difference | None = None
+    difference: ScoreDifference | None = None
     retention_low: float | None = None
     retention_high: float | None = None
     n_interval_tasks: int = 0
@@ -310,11 +310,11 @@ class EvalReport(Frozen):
     notes: tuple[str, ...] = ()
     protocol: str = "gteopt"
     whole_suite: SuiteForecast | None = None
-    published: BesidePublished | None = None
+    published: PublishedComparison | None = None
     published_average: ReferenceAverage | None = None
     asked: tuple[str, ...] = ()
     fidelity: Fidelity
-    machine: Machine
+    machine: MachineRecord
     versions: Conditions
 
 
@@ -334,7 +334,7 @@ class ItemComparison(Frozen):
     tasks: tuple[TaskScore, ...]
     score: float
     baseline_score: float
-    difference: Difference | None
+    difference: ScoreDifference | None
     retention_low: float | None
     retention_high: float | None
     n_interval_tasks: int
@@ -371,7 +371,7 @@ class FidelityReport(Frozen):
     n_cut_texts: int = 0
     notes: tuple[str, ...]
     fidelity: Fidelity
-    machine: Machine
+    machine: MachineRecord
     versions: Conditions
 
 

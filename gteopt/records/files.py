@@ -15,14 +15,14 @@ from gteopt.frozen import Frozen
 Record = TypeVar("Record", bound=Frozen)
 
 
-def to_json(record: Frozen) -> str:
+def record_to_json(record: Frozen) -> str:
     """The record as indented JSON that ends in a newline."""
     return record.model_dump_json(by_alias=True, indent=2) + "\n"
 
 
 def write_record(path: Path, record: Frozen) -> None:
     """Write a record so that a reader sees either the old file or the complete new one."""
-    write_atomically(path, to_json(record).encode())
+    write_atomically(path, record_to_json(record).encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:

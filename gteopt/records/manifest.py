@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from gteopt.config.recipe import FormatName, LayerScheme, Recipe, VectorCode
 from gteopt.frozen import Frozen
 from gteopt.records.canary import CanaryRecord
-from gteopt.records.environment import Conditions, Machine
+from gteopt.records.environment import Conditions, MachineRecord
 
 
 class BaseRecord(Frozen):
@@ -270,7 +270,7 @@ class Manifest(Frozen):
     canary: CanaryRecord | None = None
     files: tuple[FileRecord, ...]
     versions: Conditions
-    machine: Machine
+    machine: MachineRecord
     published_from: str | None = None
 
     @property

@@ -11,20 +11,20 @@ from html import escape
 
 from gteopt.records.evaluation import EvalReport, FidelityReport, ItemComparison
 from gteopt.records.results_folder import Results
-from gteopt.report.markup import interval_text, scrolled, section
-from gteopt.report.rows import COLUMNS, MISSING, Column, Row, machine_line, rows
-from gteopt.report.wording import points
+from gteopt.report.markup import interval_text, scroll_markup, section_markup
+from gteopt.report.rows import COLUMNS, MISSING, Column, Row, machine_line, result_rows
+from gteopt.report.wording import score_points
 
 Names = tuple[str, str]
 NO_PAIRS: Mapping[str, ItemComparison] = {}
 
 
-def merged(names: Names, both: Sequence[Results]) -> tuple[Results, list[Row]]:
+def merge_results(names: Names, both: Sequence[Results]) -> tuple[Results, list[Row]]:
     """Both runs as one, for charts and tasks; a variant's name starts with its run's name."""
     lines: list[Row] = []
     evals: dict[str, EvalReport] = {}
     for name, results in zip(names, both, strict=True):
-        lines += [replace(row, name=f"{name}: {row.name}") for row in rows(results)]
+        lines += [replace(row, name=f"{name}: {row.name}") for row in result_rows(results)]
         evals |= {
             f"{name}: {variant}": report.model_copy(update={"variant": f"{name}: {variant}"})
             for variant, report in results.evals.items()
@@ -32,7 +32,7 @@ def merged(names: Names, both: Sequence[Results]) -> tuple[Results, list[Row]]:
     return Results(bench=None, evals=evals, choice=None), lines
 
 
-def differences(names: Names, both: Sequence[Results]) -> list[str]:
+def describe_differences(names: Names, both: Sequence[Results]) -> list[str]:
     """Sentences on conditions that differ between the runs, and their effect on the figures."""
     facts = [_facts(results) for results in both]
     return [
@@ -74,13 +74,13 @@ def _facts(results: Results) -> dict[str, str]:
     }
 
 
-def header(names: Names, both: Sequence[Results]) -> str:
+def comparison_header(names: Names, both: Sequence[Results]) -> str:
     """What each run recommends, and which conditions differ."""
     answers = "".join(
         f'<p class="answer"><b>{escape(name)}</b>: {escape(_answer(results))}</p>'
         for name, results in zip(names, both, strict=True)
     )
-    sentences = differences(names, both)
+    sentences = describe_differences(names, both)
     if not sentences:
         return answers
     items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
@@ -95,7 +95,7 @@ def _answer(results: Results) -> str:
     return f"policy {results.choice.policy.name} picks {picked}"
 
 
-def sections(
+def comparison_sections(
     names: Names, both: Sequence[Results], pairs: Mapping[str, ItemComparison] = NO_PAIRS
 ) -> Iterator[str]:
     """The page's tables of figures.
@@ -105,14 +105,14 @@ def sections(
         both: results of the two runs.
         pairs: comparison of item scores by variant, if both runs kept item scores.
     """
-    yield section("figures", "Figures side by side", _FIGURES, _figures(names, both))
+    yield section_markup("figures", "Figures side by side", _FIGURES, _figures(names, both))
     if pairs:
-        yield section("paired", "Scores paired item by item", _PAIRED, _paired(names, pairs))
+        yield section_markup("paired", "Scores paired item by item", _PAIRED, _paired(names, pairs))
 
 
 def _figures(names: Names, both: Sequence[Results]) -> str:
     """A table with a block for each variant and a line for each figure that differs."""
-    before, after = ({row.name: row for row in rows(results)} for results in both)
+    before, after = ({row.name: row for row in result_rows(results)} for results in both)
     blocks = ""
     for variant in dict.fromkeys([*before, *after]):
         pair = (before.get(variant), after.get(variant))
@@ -128,7 +128,7 @@ def _figures(names: Names, both: Sequence[Results]) -> str:
     if not blocks:
         return "<p>Every figure is the same.</p>"
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    return scrolled(
+    return scroll_markup(
         "Figures of both runs",
         f'<table class="beside"><thead><tr><th scope="col">Figure</th>{head}'
         f'<th scope="col">Change</th></tr></thead>{blocks}</table>',
@@ -139,7 +139,7 @@ def _line(column: Column, pair: tuple[Row | None, Row | None]) -> str:
     cells = "".join(f"<td>{_cell(column, row)}</td>" for row in pair)
     unit = f"<small>{escape(column.unit)}</small>" if column.unit else ""
     heading = f'<th scope="row">{escape(column.title)}{unit}</th>'
-    return f"<tr>{heading}{cells}<td>{escape(change(column, *pair))}</td></tr>"
+    return f"<tr>{heading}{cells}<td>{escape(format_change(column, *pair))}</td></tr>"
 
 
 def _cell(column: Column, row: Row | None) -> str:
@@ -154,7 +154,7 @@ _SHARES = frozenset({"score", "retention", "neighbour_overlap"})
 _UNITLESS = frozenset({"mean_cosine", "p1_cosine", "spearman"})
 
 
-def change(column: Column, first: Row | None, second: Row | None) -> str:
+def format_change(column: Column, first: Row | None, second: Row | None) -> str:
     """The change from the first run to the second: shares in points, most others in per cent."""
     before = None if first is None else getattr(first, column.attribute)
     after = None if second is None else getattr(second, column.attribute)
@@ -182,13 +182,13 @@ def _paired(names: Names, pairs: Mapping[str, ItemComparison]) -> str:
             f"<td>{100 * pair.score:.2f}</td><td>{span}</td><td>{verdict}</td></tr>"
         )
     head = "".join(f'<th scope="col">{escape(name)}, %</th>' for name in names)
-    margins = {points(pair.margin) for pair in pairs.values()}
+    margins = {score_points(pair.margin) for pair in pairs.values()}
     table = (
         f'<table><thead><tr><th scope="col">Variant</th>{head}<th scope="col">Difference, points'
         f'</th><th scope="col">Verdict</th></tr></thead><tbody>{body}</tbody></table>'
     )
     note = f"<p>Verdicts use a margin of {', '.join(sorted(margins))}.</p>"
-    return scrolled("Paired scores", table) + note
+    return scroll_markup("Paired scores", table) + note
 
 
 _FIGURES = (

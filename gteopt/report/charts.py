@@ -41,7 +41,7 @@ FIDELITY_CHARTS = {
 """Caption by attribute of `Row`, and whether the chart shows the distance from 1."""
 
 
-def quality_of(lines: Sequence[Row]) -> str:
+def quality_attribute(lines: Sequence[Row]) -> str:
     """The attribute that charts show as quality: retention, or without scores neighbours kept."""
     scored = any(row.retention is not None for row in lines if not row.is_baseline)
     return "retention" if scored else "neighbour_overlap"
@@ -61,7 +61,7 @@ def trade_chart(
     The dotted line is the Pareto front of the intervals' lower ends, which policies can limit. A
     variant far below the others is an arrow at the lower edge, so that the others stay apart.
     """
-    quality = quality_of(lines)
+    quality = quality_attribute(lines)
     points = [
         (x, 100 * y, row)
         for row in lines
@@ -95,7 +95,7 @@ def trade_chart(
     figure.update_layout(legend=_LEGEND)
     if logarithmic:
         figure.update_xaxes(title=x_title, type="log", automargin=True, zeroline=False)
-        ticks = spread(sorted({round(x) for x, *_ in points}))
+        ticks = thin_ticks(sorted({round(x) for x, *_ in points}))
         figure.update_xaxes(tickvals=ticks, ticktext=[f"{x:,}" for x in ticks])
     else:
         figure.update_xaxes(title=x_title, **_axis(x for x, *_ in points))
@@ -253,7 +253,7 @@ def frontier_chart(results: Results) -> str | None:
         )
     figure.update_layout(**_layout(height=370, legend=True))
     figure.update_layout(legend=_LEGEND)
-    shown = spread(ticks)
+    shown = thin_ticks(ticks)
     figure.update_xaxes(
         title="Bytes a vector (MB a million)",
         type="log",
@@ -266,7 +266,7 @@ def frontier_chart(results: Results) -> str | None:
     return _html(figure, "frontier")
 
 
-def spread(ticks: Sequence[int]) -> list[int]:
+def thin_ticks(ticks: Sequence[int]) -> list[int]:
     """The ticks whose labels do not overlap on a logarithmic axis: each is 1.5 times the last."""
     shown: list[int] = []
     for tick in ticks:

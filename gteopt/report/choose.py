@@ -16,7 +16,13 @@ from gteopt.records.choice import BrokenLimit, Candidate, Choice
 from gteopt.records.evaluation import EvalReport
 from gteopt.records.results_folder import Results
 from gteopt.report.rows import names_in_mean
-from gteopt.report.wording import METRIC_SOURCES, METRIC_WORDS, metric_amount, points, unknown
+from gteopt.report.wording import (
+    METRIC_SOURCES,
+    METRIC_WORDS,
+    explain_unknown_metric,
+    metric_amount,
+    score_points,
+)
 
 _COSTS: tuple[Metric, ...] = ("weight_bytes", "index_bytes", "tokens_per_s")
 _FROM_EVAL: dict[Metric, Callable[[EvalReport], float]] = {
@@ -38,7 +44,7 @@ _FROM_BENCH: dict[Metric, Callable[[VariantBench], float]] = {
 }
 
 
-def choose(policy: Policy, results: Results) -> Choice:
+def choose_variant(policy: Policy, results: Results) -> Choice:
     """Pick the variant with the best objective among those that keep the policy's limits.
 
     Candidates are all measured variants and the baseline. The baseline's retention, cosine, overlap
@@ -114,7 +120,7 @@ def _for_unlabelled(policy: Policy) -> Policy:
 
 
 def _front(policy: Policy, judged: dict[str, dict[Metric, float]], results: Results) -> set[str]:
-    """Names on the Pareto front of the judged candidates; see `choose`."""
+    """Names on the Pareto front of the judged candidates; see `choose_variant`."""
     axes: set[Metric] = {"neighbour_overlap", policy.objective.metric, *_COSTS}
     evals = results.evals.values()
     if not any(report.partial or report.retention is None for report in evals):
@@ -129,7 +135,7 @@ def _best_first(
     relative: Mapping[str, Mapping[Metric, float]],
     results: Results,
 ) -> list[Candidate]:
-    """The candidates that tie for the best, with the pick first; see `choose`.
+    """The candidates that tie for the best, with the pick first; see `choose_variant`.
 
     `relative` has their metrics, with the speeds of `_relative_speeds`.
     """
@@ -334,7 +340,7 @@ def _certainty(metric: Metric, report: EvalReport | None) -> str:
         parts.append(
             f"95 % interval {100 * report.retention_low:.1f} to "
             f"{100 * report.retention_high:.1f} %, score {report.difference.verdict} against a "
-            f"margin of {points(report.margin)}"
+            f"margin of {score_points(report.margin)}"
         )
     return f" ({'; '.join(parts)})" if parts else ""
 
@@ -365,7 +371,9 @@ def _why_none(policy: Policy, candidates: Sequence[Candidate]) -> str:
         side = "at least" if miss.bound == "min" else "at most"
         bound = f"{side} {metric_amount(miss.metric, miss.limit)}"
         if miss.found is None:
-            misses.append(f"{unknown(miss.metric, nearest.metrics)} and must be {bound}")
+            misses.append(
+                f"{explain_unknown_metric(miss.metric, nearest.metrics)} and must be {bound}"
+            )
         else:
             short = metric_amount(miss.metric, abs(miss.found - miss.limit))
             misses.append(

@@ -13,7 +13,7 @@ from gteopt.config.engines import Engine
 from gteopt.records.evaluation import ItemComparison
 from gteopt.records.manifest import Manifest
 from gteopt.records.results_folder import Results
-from gteopt.report.rows import COLUMNS, names_in_mean, rows
+from gteopt.report.rows import COLUMNS, names_in_mean, result_rows
 
 
 def comparison_rows(
@@ -37,7 +37,7 @@ def comparison_rows(
         ]
         return [{"": fact, names[0]: facts[0][fact], names[1]: facts[1][fact]} for fact in facts[0]]
     compared: list[dict[str, str]] = []
-    lines = [{row.name: row for row in rows(folder)} for folder in results]
+    lines = [{row.name: row for row in result_rows(folder)} for folder in results]
     for variant in dict.fromkeys(name for by_name in lines for name in by_name):
         for column in COLUMNS:
             cells = [

@@ -8,11 +8,11 @@ from html import escape
 from gteopt.records.bench import BenchReport
 from gteopt.records.evaluation import EvalReport, FidelityReport
 from gteopt.records.results_folder import Results
-from gteopt.report.markup import description
-from gteopt.report.rows import lengths_note, load_note, machine_line, megabytes, noise_note
+from gteopt.report.markup import facts_markup
+from gteopt.report.rows import format_megabytes, lengths_note, load_note, machine_line, noise_note
 
 
-def conditions(results: Results) -> str:
+def conditions_section(results: Results) -> str:
     return (
         _speed_conditions(results.bench)
         if results.bench is not None
@@ -36,15 +36,15 @@ def _speed_conditions(bench: BenchReport) -> str:
         + f"; {spec.repeats} rounds each, in turns with the baseline, after {spec.warmup} "
         f"warm-up rounds; medians{lengths_note(bench)}{noise_note(bench)}{load_note(bench)}",
         "Peak memory": (
-            f"process peaks include {megabytes(min(imports))} to {megabytes(max(imports))} MB for "
-            "interpreter and libraries"
+            f"process peaks include {format_megabytes(min(imports))} to "
+            f"{format_megabytes(max(imports))} MB for interpreter and libraries"
         ),
         "Kernels": "; ".join(
             f"{name}: {_pairs({kernel: str(n) for kernel, n in variant.kernels.items()})}"
             for name, variant in bench.variants.items()
         ),
     }
-    return f"<h3>Speed and memory</h3>{description(speed)}"
+    return f"<h3>Speed and memory</h3>{facts_markup(speed)}"
 
 
 def _quality_conditions(evals: Sequence[EvalReport], texts: Sequence[FidelityReport]) -> str:
@@ -57,7 +57,7 @@ def _quality_conditions(evals: Sequence[EvalReport], texts: Sequence[FidelityRep
             "Machine": "; ".join(dict.fromkeys(machine_line(report.machine) for report in texts)),
             "Versions": "; ".join(dict.fromkeys(_pairs(report.versions) for report in texts)),
         }
-        html = f"<h3>Own texts</h3>{description(facts)}"
+        html = f"<h3>Own texts</h3>{facts_markup(facts)}"
     if not evals:
         return f"{html}<h3>Quality</h3><p>No variant was evaluated.</p>"
     suites = dict.fromkeys(f"{report.suite} (sha256 {report.suite_sha256})" for report in evals)
@@ -81,7 +81,7 @@ def _quality_conditions(evals: Sequence[EvalReport], texts: Sequence[FidelityRep
         for task in tasks.values()
     )
     return (
-        f"{html}<h3>Quality</h3>{description(quality)}"
+        f"{html}<h3>Quality</h3>{facts_markup(quality)}"
         '<div class="scroll words" tabindex="0" role="region" aria-label="Data sets"><table><thead>'
         '<tr><th scope="col">Task</th><th scope="col">Type</th><th scope="col">Data set revision'
         '</th><th scope="col">Instruction (searches: for queries only)</th></tr></thead>'

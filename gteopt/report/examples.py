@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from gteopt.records.examples import Example, Examples
-from gteopt.report.markup import section
+from gteopt.report.markup import section_markup
 
 _MOST_CHARACTERS = 240
 
@@ -24,7 +24,7 @@ def examples_section(examples: Mapping[str, Examples], picked: str | None) -> st
         f"{_all(examples[name])}</details>"
         for number, name in enumerate(names)
     )
-    return section("examples", "Neighbours that changed most", _LEAD, body)
+    return section_markup("examples", "Neighbours that changed most", _LEAD, body)
 
 
 def _all(examples: Examples) -> str:

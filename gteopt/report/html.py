@@ -28,35 +28,42 @@ from gteopt.report.charts import (
     fidelity_chart,
     frontier_chart,
     latency_chart,
-    quality_of,
+    quality_attribute,
     trade_chart,
 )
-from gteopt.report.conditions import conditions
+from gteopt.report.conditions import conditions_section
 from gteopt.report.examples import examples_section
 from gteopt.report.markup import (
-    charts,
-    description,
+    charts_markup,
+    facts_markup,
     interval_text,
-    scrolled,
-    section,
+    scroll_markup,
+    section_markup,
     table_controls,
 )
-from gteopt.report.policy_switch import answer_of, answers, kind, mark, menu, part
+from gteopt.report.policy_switch import (
+    policy_answer,
+    policy_answers,
+    policy_menu,
+    policy_part,
+    row_status_class,
+    row_status_line,
+)
 from gteopt.report.rows import (
     COLUMNS,
     FIDELITY,
     LIMITS,
     MISSING,
     Row,
-    failures,
+    failure_sentences,
     fidelity_cells,
     fidelity_notes,
-    in_megabytes,
     index_rent,
-    limits,
     limits_note,
     machine_line,
-    rows,
+    result_rows,
+    to_megabytes,
+    workload_limits,
 )
 from gteopt.report.task_table import tasks_table
 
@@ -83,19 +90,21 @@ def html_page(
         others: by policy, the same results judged by it, or why it cannot judge them. The page
             switches between them.
     """
-    lines = rows(results)
-    answer = answer_of(results, folder, artifacts or {})
+    lines = result_rows(results)
+    answer = policy_answer(results, folder, artifacts or {})
     return _PAGE.format(
         title=escape(title),
         measured=escape(_measured(results, date)),
         css=(ASSETS / "report.css").read_text(encoding="utf-8"),
         js=(ASSETS / "report.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
-        header=menu(results, others) + part("headline", answer["headline"]) + _alert(results),
-        sections=part("limits", answer["limits"])
-        + part("use", answer["use"])
+        header=policy_menu(results, others)
+        + policy_part("headline", answer["headline"])
+        + _alert(results),
+        sections=policy_part("limits", answer["limits"])
+        + policy_part("use", answer["use"])
         + "".join(_sections(results, lines)),
-        answers=answers(results, others, folder, artifacts or {}),
+        answers=policy_answers(results, others, folder, artifacts or {}),
     )
 
 
@@ -134,22 +143,26 @@ def comparison_page(
     Args:
         names: names of the two runs.
         both: results of the two runs.
-        pairs: see `beside.sections`.
+        pairs: see `beside.comparison_sections`.
     """
-    results, lines = beside.merged(names, both)
-    sections = [*beside.sections(names, both, pairs), *_trade_section(results, lines)]
+    results, lines = beside.merge_results(names, both)
+    sections = [*beside.comparison_sections(names, both, pairs), *_trade_section(results, lines)]
     if results.evals:
-        sections.append(section("tasks", "Scores by task", _TASKS, tasks_table(results, lines)))
+        sections.append(
+            section_markup("tasks", "Scores by task", _TASKS, tasks_table(results, lines))
+        )
     for name, run in zip(names, both, strict=True):
         key = f"conditions-{len(sections)}"
-        sections.append(section(key, f"Conditions of {escape(name)}", "", conditions(run)))
+        sections.append(
+            section_markup(key, f"Conditions of {escape(name)}", "", conditions_section(run))
+        )
     return _PAGE.format(
         title=escape(" beside ".join(names)),
         measured="",
         css=(ASSETS / "report.css").read_text(encoding="utf-8"),
         js=(ASSETS / "report.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
-        header=beside.header(names, both) + _alert(results),
+        header=beside.comparison_header(names, both) + _alert(results),
         sections="".join(sections),
         answers="",
     )
@@ -169,33 +182,37 @@ def _sections(results: Results, lines: Sequence[Row]) -> Iterator[str]:
     """The sections for which there are measurements."""
     if results.benched or results.evals:
         policy = results.choice.policy if results.choice else None
-        yield section("variants", "Variants", "", _variants_table(lines, policy) + _glossary())
+        yield section_markup(
+            "variants", "Variants", "", _variants_table(lines, policy) + _glossary()
+        )
     yield from _trade_section(results, lines)
     if results.bench is not None:
-        yield section("cost", "Speed and cost", _COST, _cost_table(results.bench))
+        yield section_markup("cost", "Speed and cost", _COST, _cost_table(results.bench))
     if any(row.mean_cosine is not None for row in lines if not row.is_baseline):
         drawn = [
             (escape(caption), fidelity_chart(lines, attribute))
             for attribute, (caption, _) in FIDELITY_CHARTS.items()
         ]
-        yield section("fidelity", "Fidelity to the baseline", _FIDELITY, charts(*drawn))
+        yield section_markup(
+            "fidelity", "Fidelity to the baseline", _FIDELITY, charts_markup(*drawn)
+        )
     if results.fidelity:
         table = _fidelity_table(results.fidelity)
-        yield section("texts", "Fidelity on your own texts", "", table)
+        yield section_markup("texts", "Fidelity on your own texts", "", table)
     yield examples_section(results.examples, results.choice.picked if results.choice else None)
     if results.evals:
-        yield section("tasks", "Scores by task", _TASKS, tasks_table(results, lines))
-    yield section("conditions", "Conditions of measurement", "", conditions(results))
+        yield section_markup("tasks", "Scores by task", _TASKS, tasks_table(results, lines))
+    yield section_markup("conditions", "Conditions of measurement", "", conditions_section(results))
 
 
 def _trade_section(results: Results, lines: Sequence[Row]) -> Iterator[str]:
     """The charts of quality against cost, and of latency, for which there are measurements."""
-    quality = quality_of(lines)
+    quality = quality_attribute(lines)
     variants = [row for row in lines if getattr(row, quality) is not None]
     drawn: list[tuple[str, str]] = []
     if any(row.weight_bytes is not None for row in variants):
         chart = trade_chart(
-            lines, "size", "Weights, MB", lambda row: in_megabytes(row.weight_bytes)
+            lines, "size", "Weights, MB", lambda row: to_megabytes(row.weight_bytes)
         )
         drawn.append(("Quality against size (up and left is better)", chart))
     if any(row.tokens_per_s is not None for row in variants):
@@ -221,16 +238,18 @@ def _trade_section(results: Results, lines: Sequence[Row]) -> Iterator[str]:
     if any(row.p50_ms is not None for row in lines):
         drawn.append(("Latency of one query (left is better)", latency_chart(lines)))
     if drawn:
-        yield section("trade", "Quality against what it costs", _TRADE, charts(*drawn))
+        yield section_markup(
+            "trade", "Quality against what it costs", _TRADE, charts_markup(*drawn)
+        )
 
 
 def _glossary() -> str:
-    terms = description({column.title: column.meaning for column in COLUMNS})
+    terms = facts_markup({column.title: column.meaning for column in COLUMNS})
     return f"<details><summary>What the columns mean</summary>{terms}</details>"
 
 
 def _alert(results: Results) -> str:
-    failed = failures(results.evals)
+    failed = failure_sentences(results.evals)
     if not failed:
         return ""
     items = "".join(f"<li>{escape(failure)}</li>" for failure in failed)
@@ -277,9 +296,9 @@ def _variants_table(lines: Sequence[Row], policy: Policy | None) -> str:
             value = getattr(row, column.attribute)
             sort_key = "" if value is None else f"{value:.10g}"
             cells += f'<td data-value="{sort_key}">{escape(column.text(row))}{below}</td>'
-        verdict = escape(mark(row))
+        verdict = escape(row_status_line(row))
         body += (
-            f'<tr class="{kind(row)}"><th scope="row" data-value="{escape(row.name)}">'
+            f'<tr class="{row_status_class(row)}"><th scope="row" data-value="{escape(row.name)}">'
             f"<div>{escape(row.name)}<small>{verdict}</small></div></th>{cells}</tr>"
         )
     boxes = "".join(
@@ -287,7 +306,7 @@ def _variants_table(lines: Sequence[Row], policy: Policy | None) -> str:
         for place, column in enumerate(columns, 1)
     )
     tools = f"<details><summary>columns</summary><div>{boxes}</div></details>"
-    return table_controls("table-variants", "variants", tools) + scrolled(
+    return table_controls("table-variants", "variants", tools) + scroll_markup(
         "Table of variants",
         '<table id="table-variants" class="variants sortable"><thead><tr><th scope="col" '
         f'data-title="Variant">Variant<small>&nbsp;</small></th>{head}</tr></thead>'
@@ -297,7 +316,7 @@ def _variants_table(lines: Sequence[Row], policy: Policy | None) -> str:
 
 def _cost_table(bench: BenchReport) -> str:
     """A table with one line for each variant and workload, without empty columns."""
-    lines = [(record.name, record.cells()) for record in limits(bench)]
+    lines = [(record.name, record.cells()) for record in workload_limits(bench)]
     shown = [
         column
         for column in range(len(LIMITS))
@@ -315,7 +334,7 @@ def _cost_table(bench: BenchReport) -> str:
         f"<tbody>{body}</tbody></table>"
     )
     note = limits_note(bench)
-    return f"{scrolled('Speed and cost', table)}<p>{escape(note[0].upper() + note[1:])}.</p>"
+    return f"{scroll_markup('Speed and cost', table)}<p>{escape(note[0].upper() + note[1:])}.</p>"
 
 
 def _cost_heading(bench: BenchReport, name: str) -> str:
@@ -343,7 +362,7 @@ def _fidelity_table(reports: Mapping[str, FidelityReport]) -> str:
         f'<table><thead><tr><th scope="col">Variant</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table>"
     )
-    return scrolled("Fidelity on your own texts", table) + notes
+    return scroll_markup("Fidelity on your own texts", table) + notes
 
 
 _TRADE = """Quality is the share of the baseline’s score that a variant keeps, with its 95 %

@@ -7,25 +7,25 @@ from html import escape
 from gteopt.report.rows import Row
 
 
-def section(key: str, title: str, lead: str, body: str) -> str:
+def section_markup(key: str, title: str, lead: str, body: str) -> str:
     lead = f'<p class="muted">{lead}</p>' if lead else ""
     return f'<section aria-labelledby="{key}"><h2 id="{key}">{title}</h2>{lead}{body}</section>'
 
 
-def scrolled(label: str, table: str, kind: str = "") -> str:
+def scroll_markup(label: str, table: str, kind: str = "") -> str:
     return (
         f'<div class="scroll {kind}" tabindex="0" role="region" aria-label="{label}">{table}</div>'
     )
 
 
-def charts(*charts: tuple[str, str]) -> str:
+def charts_markup(*charts: tuple[str, str]) -> str:
     figures = "".join(
         f"<figure><figcaption>{caption}</figcaption>{chart}</figure>" for caption, chart in charts
     )
     return f'<div class="charts">{figures}</div>'
 
 
-def description(facts: dict[str, str]) -> str:
+def facts_markup(facts: dict[str, str]) -> str:
     items = "".join(
         f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in facts.items()
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from gteopt.records.choice import Candidate, Choice
 from gteopt.records.results_folder import Results
-from gteopt.report.rows import Row, load_note, rows
-from gteopt.report.wording import METRIC_WORDS, metric_amount, unknown
+from gteopt.report.rows import Row, load_note, result_rows
+from gteopt.report.wording import METRIC_WORDS, explain_unknown_metric, metric_amount
 
 
 def speed_words(results: Results, name: str) -> str | None:
@@ -46,7 +46,7 @@ def pick_lines(results: Results) -> list[str]:
     assert choice is not None
     if choice.picked is None:
         return [f"Nothing to pick: {choice.reason}"]
-    by_name = {row.name: row for row in rows(results)}
+    by_name = {row.name: row for row in result_rows(results)}
     row = by_name[choice.picked]
     if row.is_baseline:
         lines = [f"Pick: {row.name}, the unchanged model; no variant within the limits is better."]
@@ -109,7 +109,7 @@ def _misses(candidate: Candidate) -> str:
     words = []
     for miss in candidate.broken:
         if miss.found is None:
-            measured = unknown(miss.metric, candidate.metrics)
+            measured = explain_unknown_metric(miss.metric, candidate.metrics)
         else:
             measured = f"{METRIC_WORDS[miss.metric]} {metric_amount(miss.metric, miss.found)}"
         side = "at least" if miss.bound == "min" else "at most"

@@ -1,7 +1,7 @@
 """Let the report page switch between policies: it holds every answer, and a menu shows one.
 
-Hides: how the page stores the answers. Refuses to know: how a pick is chosen; `choose` did that
-for each policy.
+Hides: how the page stores the answers. Refuses to know: how a pick is chosen;
+`choose_variant` did that for each policy.
 """
 
 from __future__ import annotations
@@ -11,25 +11,25 @@ from collections.abc import Mapping
 from html import escape
 
 from gteopt.records.results_folder import Results
-from gteopt.report.recommendation import headline, limits_section, use_section
-from gteopt.report.rows import MARKS, Row, rows
+from gteopt.report.recommendation import limits_section, recommendation_headline, use_section
+from gteopt.report.rows import MARKS, Row, result_rows
 
 
-def answer_of(results: Results, folder: str, artifacts: Mapping[str, str]) -> dict[str, str]:
+def policy_answer(results: Results, folder: str, artifacts: Mapping[str, str]) -> dict[str, str]:
     """The parts of the page that depend on the policy, by name."""
     return {
-        "headline": headline(results, rows(results)),
+        "headline": recommendation_headline(results, result_rows(results)),
         "limits": limits_section(results.choice),
         "use": use_section(results.choice, folder, artifacts),
     }
 
 
-def part(name: str, html: str) -> str:
+def policy_part(name: str, html: str) -> str:
     """A part of the page that a policy may replace."""
     return f'<div data-part="{name}">{html}</div>'
 
 
-def menu(results: Results, others: Mapping[str, Results | str]) -> str:
+def policy_menu(results: Results, others: Mapping[str, Results | str]) -> str:
     """The menu of policies; empty if there is only one."""
     options = _options(results, others)
     if len(options) < 2:
@@ -40,7 +40,7 @@ def menu(results: Results, others: Mapping[str, Results | str]) -> str:
     return f'<p class="policy"><label>Policy <select id="policy">{items}</select></label></p>'
 
 
-def answers(
+def policy_answers(
     results: Results,
     others: Mapping[str, Results | str],
     folder: str,
@@ -54,11 +54,16 @@ def answers(
     for number, judged in enumerate(options.values()):
         if isinstance(judged, str):
             reason = f'<p class="answer none">This policy cannot be applied: {escape(judged)}</p>'
-            parts, lines = {"headline": reason, "limits": "", "use": ""}, rows(_unjudged(results))
+            parts, lines = (
+                {"headline": reason, "limits": "", "use": ""},
+                result_rows(_unjudged(results)),
+            )
         else:
-            parts, lines = answer_of(judged, folder, artifacts), rows(judged)
-        statuses = json.dumps({row.name: [kind(row), mark(row)] for row in lines})
-        inner = "".join(part(name, text) for name, text in parts.items())
+            parts, lines = policy_answer(judged, folder, artifacts), result_rows(judged)
+        statuses = json.dumps(
+            {row.name: [row_status_class(row), row_status_line(row)] for row in lines}
+        )
+        inner = "".join(policy_part(name, text) for name, text in parts.items())
         html += (
             f'<template data-policy="{number}" data-statuses="{escape(statuses)}">{inner}'
             f"</template>"
@@ -66,12 +71,12 @@ def answers(
     return html
 
 
-def kind(row: Row) -> str:
+def row_status_class(row: Row) -> str:
     """CSS class of a variant's line in the table."""
     return f"{row.status} baseline" if row.is_baseline else row.status
 
 
-def mark(row: Row) -> str:
+def row_status_line(row: Row) -> str:
     """The line below a variant's name."""
     return f"{MARKS[row.status]} {row.verdict}"
 

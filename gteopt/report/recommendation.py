@@ -10,13 +10,13 @@ from html import escape
 
 from gteopt.records.choice import Choice
 from gteopt.records.results_folder import Results
-from gteopt.report.markup import interval_text, scrolled, section
+from gteopt.report.markup import interval_text, scroll_markup, section_markup
 from gteopt.report.pick import is_slower, pick_lines
-from gteopt.report.rows import MISSING, Row, megabytes
+from gteopt.report.rows import MISSING, Row, format_megabytes
 from gteopt.report.wording import METRIC_WORDS, metric_amount
 
 
-def headline(results: Results, lines: Sequence[Row]) -> str:
+def recommendation_headline(results: Results, lines: Sequence[Row]) -> str:
     """The recommended variant, with its gains and costs."""
     choice = results.choice
     if choice is None:
@@ -72,7 +72,7 @@ def _tiles(results: Results, baseline: Row, row: Row) -> Iterator[tuple[str, str
 def _megabytes_of(row: Row, baseline: Row) -> str:
     assert row.weight_bytes is not None
     assert baseline.weight_bytes is not None
-    return f"{megabytes(row.weight_bytes)} MB, not {megabytes(baseline.weight_bytes)}"
+    return f"{format_megabytes(row.weight_bytes)} MB, not {format_megabytes(baseline.weight_bytes)}"
 
 
 def limits_section(choice: Choice | None) -> str:
@@ -80,7 +80,7 @@ def limits_section(choice: Choice | None) -> str:
     if choice is None or not choice.policy.limits:
         return ""
     title = f"Limits of the policy {escape(choice.policy.name)}"
-    return section("limits", title, "", _limits_table(choice))
+    return section_markup("limits", title, "", _limits_table(choice))
 
 
 def use_section(choice: Choice | None, folder: str, artifacts: Mapping[str, str]) -> str:
@@ -94,7 +94,7 @@ def use_section(choice: Choice | None, folder: str, artifacts: Mapping[str, str]
     if choice is None or choice.picked is None:
         return ""
     artifact = artifacts.get(choice.picked, UNKNOWN)
-    return section("use", "Use it", "", _commands(folder, artifact))
+    return section_markup("use", "Use it", "", _commands(folder, artifact))
 
 
 def _limits_table(choice: Choice) -> str:
@@ -120,7 +120,7 @@ def _limits_table(choice: Choice) -> str:
         f'<table class="limits"><thead><tr><th scope="col">Limit</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table>"
     )
-    return scrolled("Limits of the policy", table)
+    return scroll_markup("Limits of the policy", table)
 
 
 def _commands(folder: str, artifact: str) -> str:

@@ -22,17 +22,17 @@ from gteopt.records.bench import (
     index_cost_per_month,
 )
 from gteopt.records.choice import BrokenLimit, Candidate
-from gteopt.records.environment import Machine
+from gteopt.records.environment import MachineRecord
 from gteopt.records.evaluation import (
-    BesidePublished,
-    Difference,
     EvalReport,
     FidelityReport,
+    PublishedComparison,
+    ScoreDifference,
     TaskScore,
     Verdict,
 )
 from gteopt.records.results_folder import Results
-from gteopt.report.wording import METRIC_WORDS, metric_amount, unknown
+from gteopt.report.wording import METRIC_WORDS, explain_unknown_metric, metric_amount
 
 Status = Literal["picked", "front", "rejected", "other"]
 
@@ -86,7 +86,7 @@ class Row:
     load_s: float | None = None
 
 
-def rows(results: Results) -> list[Row]:
+def result_rows(results: Results) -> list[Row]:
     """The row of the baseline, then the rows of the variants in the order of measurement."""
     names = [results.baseline, *results.benched, *results.evals, *results.fidelity]
     return [_row(name, results) for name in dict.fromkeys(names)]
@@ -137,7 +137,7 @@ _NOISE_ABOVE_PEAK = 1.1
 
 
 @dataclass(frozen=True)
-class Limits:
+class WorkloadLimits:
     """How much of the device's peak a variant reaches on one workload, and what tokens cost.
 
     Attributes:
@@ -174,14 +174,14 @@ LIMITS = (
     *("workload", "tokens/s", "× baseline", "GFLOP/s", "of peak", "J/M tokens", "$/M tokens"),
     "$/h for hosted price",
 )
-"""Headings of `Limits.cells`."""
+"""Headings of `WorkloadLimits.cells`."""
 
 
-def limits(report: BenchReport) -> list[Limits]:
+def workload_limits(report: BenchReport) -> list[WorkloadLimits]:
     """The limits of each variant on each workload."""
     price = report.price_per_hour
     return [
-        Limits(
+        WorkloadLimits(
             name=name,
             workload=record.workload.name,
             tokens_per_s=record.tokens_per_s,
@@ -251,7 +251,7 @@ def suite_verdict(report: EvalReport) -> str:
     return report.difference.verdict if report.difference else MISSING
 
 
-def _span(difference: Difference | None) -> str:
+def _span(difference: ScoreDifference | None) -> str:
     """A difference of scores in points, with its interval."""
     if difference is None:
         return MISSING
@@ -272,14 +272,14 @@ def encodings_note(reports: Sequence[EvalReport | FidelityReport]) -> str:
     return note
 
 
-def published_text(published: BesidePublished | None) -> str:
+def published_text(published: PublishedComparison | None) -> str:
     """A published score; a mark tells that it is for another revision of the data."""
     if published is None:
         return MISSING
     return f"{_OTHER_DATA if published.same_data is False else ''}{published.score * 100:.2f}"
 
 
-def beside_published(report: EvalReport) -> list[str]:
+def published_sentences(report: EvalReport) -> list[str]:
     """Sentences that compare the baseline's scores with published scores of the same model."""
     published, average = report.published, report.published_average
     sentences = []
@@ -361,7 +361,7 @@ def _row(name: str, results: Results) -> Row:
             load_s=bench.load_s,
         )
     if evaluation:
-        row = with_scores(row, evaluation)
+        row = add_scores(row, evaluation)
         if not bench:
             row = replace(row, dims=evaluation.dims, vector_bytes=evaluation.bytes_per_vector)
     elif (close := results.fidelity.get(name)) is not None:
@@ -384,7 +384,7 @@ def _row(name: str, results: Results) -> Row:
     return row
 
 
-def with_scores(row: Row, evaluation: EvalReport) -> Row:
+def add_scores(row: Row, evaluation: EvalReport) -> Row:
     """The row with the figures of an evaluation."""
     is_baseline = is_own_baseline(evaluation)
     verdict = evaluation.difference.verdict if evaluation.difference is not None else None
@@ -422,7 +422,7 @@ def _verdict(name: str, results: Results) -> tuple[Status, str]:
 def _in_words(limit: BrokenLimit, candidate: Candidate) -> str:
     word, allowed = METRIC_WORDS[limit.metric], metric_amount(limit.metric, limit.limit)
     if limit.found is None:
-        return f"{unknown(limit.metric, candidate.metrics)}, limit {allowed}"
+        return f"{explain_unknown_metric(limit.metric, candidate.metrics)}, limit {allowed}"
     sign = "<" if limit.bound == "min" else ">"
     return f"{word} {metric_amount(limit.metric, limit.found)} {sign} {allowed}"
 
@@ -431,12 +431,12 @@ def _fixed(digits: int, factor: float = 1) -> Callable[[float], str]:
     return lambda value: f"{value * factor:,.{digits}f}"
 
 
-def megabytes(n_bytes: float) -> str:
+def format_megabytes(n_bytes: float) -> str:
     value = n_bytes / _MEGABYTE
     return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
 
 
-def in_megabytes(n_bytes: int | None) -> float | None:
+def to_megabytes(n_bytes: int | None) -> float | None:
     return None if n_bytes is None else n_bytes / _MEGABYTE
 
 
@@ -459,7 +459,7 @@ class Column:
 
 COLUMNS = (
     Column(
-        *("Weights", "MB", "weights\nMB", "weight_bytes", megabytes),
+        *("Weights", "MB", "weights\nMB", "weight_bytes", format_megabytes),
         "Memory of the transformer's parameters and buffers (1 MB = 1,000,000 bytes).",
     ),
     Column(
@@ -522,7 +522,7 @@ COLUMNS = (
         "baseline's row compares two timings of the same model, which shows the noise.",
     ),
     Column(
-        *("Peak", "MB", "peak\nMB", "peak_memory_bytes", megabytes),
+        *("Peak", "MB", "peak\nMB", "peak_memory_bytes", format_megabytes),
         "Peak memory. On a GPU: allocated device memory. On a CPU: resident memory of a new "
         "process, with interpreter and libraries.",
     ),
@@ -534,7 +534,7 @@ COLUMNS = (
 )
 
 
-def failures(evals: Mapping[str, EvalReport]) -> list[str]:
+def failure_sentences(evals: Mapping[str, EvalReport]) -> list[str]:
     """One sentence for each task that could not be scored."""
     return [
         f"{report.variant}: task {failed.task} failed: {failed.reason}"
@@ -551,14 +551,14 @@ def task_key(task: TaskScore) -> tuple[str, str, str]:
 def names_in_mean(tasks: Sequence[TaskScore]) -> set[str]:
     """Names of the tasks in the mean: those where the baseline is above chance, or all if none.
 
-    This repeats the rule of `gteopt.evaluation.chance.counted`, which makes the mean.
+    This repeats the rule of `gteopt.evaluation.chance.scores_above_chance`, which makes the mean.
     """
     return {task.task for task in tasks if task.above_chance is not False} or {
         task.task for task in tasks
     }
 
 
-def machine_line(machine: Machine) -> str:
+def machine_line(machine: MachineRecord) -> str:
     """The facts of a machine in one line."""
     parts = [
         machine.cpu,

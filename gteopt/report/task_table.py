@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from gteopt.records.evaluation import BesidePublished, EvalReport, TaskScore
+from gteopt.records.evaluation import EvalReport, PublishedComparison, TaskScore
 from gteopt.records.results_folder import Results
-from gteopt.report.markup import scrolled, table_controls
+from gteopt.report.markup import scroll_markup, table_controls
 from gteopt.report.rows import (
     MISSING,
     Row,
-    beside_published,
+    published_sentences,
     published_text,
     suite_span,
     suite_verdict,
     task_key,
 )
-from gteopt.report.wording import points
+from gteopt.report.wording import score_points
 
 
 def tasks_table(results: Results, lines: Sequence[Row]) -> str:
@@ -57,7 +57,7 @@ def tasks_table(results: Results, lines: Sequence[Row]) -> str:
         f'<th scope="col" data-title="{escape(row.name)}">{escape(row.name)}</th>' for row in shown
     )
     notes = list(dict.fromkeys(n for report in results.evals.values() for n in report.notes))
-    notes += beside_published(baseline) if baseline else []
+    notes += published_sentences(baseline) if baseline else []
     if shown:
         notes.insert(0, _about_means(results.evals[shown[0].name]))
     table = (
@@ -72,7 +72,7 @@ def tasks_table(results: Results, lines: Sequence[Row]) -> str:
     )
     below = "".join(f"<p>{escape(note)}</p>" for note in notes)
     filters = table_controls("table-tasks", "tasks", select if len(subsets) > 1 else "")
-    return filters + scrolled("Table of task scores", table, "tasks") + below
+    return filters + scroll_markup("Table of task scores", table, "tasks") + below
 
 
 def _score_cell(score: float, below: str = "", style: str = "") -> str:
@@ -88,11 +88,11 @@ def _mean_cell(report: EvalReport) -> str:
 def _about_means(report: EvalReport) -> str:
     return (
         f"The line of means has the difference from the baseline in points, its 95 % paired "
-        f"bootstrap interval, and the verdict for a margin of {points(report.margin)}."
+        f"bootstrap interval, and the verdict for a margin of {score_points(report.margin)}."
     )
 
 
-def _published_cell(published: BesidePublished | None) -> str:
+def _published_cell(published: PublishedComparison | None) -> str:
     return "" if published is None else f"<small>published {published_text(published)}</small>"
 
 

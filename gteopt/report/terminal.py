@@ -26,28 +26,28 @@ from gteopt.report.rows import (
     MARKS,
     MISSING,
     Row,
-    beside_published,
+    add_scores,
     encodings_note,
-    failures,
+    failure_sentences,
     fidelity_cells,
     fidelity_notes,
     index_rent,
     is_own_baseline,
     kernels_note,
     lengths_note,
-    limits,
     limits_note,
     load_note,
     machine_line,
     noise_note,
+    published_sentences,
     published_text,
-    rows,
+    result_rows,
     suite_span,
     suite_verdict,
     task_key,
-    with_scores,
+    workload_limits,
 )
-from gteopt.report.wording import points
+from gteopt.report.wording import score_points
 
 
 def terminal_table(results: Results) -> Table:
@@ -55,7 +55,7 @@ def terminal_table(results: Results) -> Table:
 
     Its caption lists the broken limits of rejected variants, and failed tasks.
     """
-    lines = rows(results)
+    lines = result_rows(results)
     table = FittedTable([row.name for row in lines], marked=True)
     columns = [column for column in COLUMNS if column.attribute in _IN_TERMINAL]
     for column in columns:
@@ -69,14 +69,14 @@ def terminal_table(results: Results) -> Table:
     if results.choice is not None:
         notes.append("✓ picked   ◦ on the Pareto front   ✗ breaks a limit")
     notes += [f"✗ {row.name}: {row.verdict}" for row in lines if row.status == "rejected"]
-    notes += [f"* {failure}" for failure in failures(results.evals)]
+    notes += [f"* {failure}" for failure in failure_sentences(results.evals)]
     table.caption = Text("\n".join(notes), style="not italic")
     return table
 
 
 def bench_table(report: BenchReport) -> Table:
     """A table of speed and memory of each variant, with its throughput on each workload."""
-    lines = rows(Results(bench=report, evals={}, choice=None))
+    lines = result_rows(Results(bench=report, evals={}, choice=None))
     table = FittedTable([row.name for row in lines])
     columns = [column for column in COLUMNS if column.attribute in _IN_BENCH]
     for column in columns:
@@ -153,7 +153,7 @@ def whole_model_table(report: BenchReport) -> Table | None:
 
 
 def limits_table(report: BenchReport) -> Table:
-    """A table of `limits`, with the bandwidth of a query and the size and cost of an index.
+    """A table of `workload_limits`, with a query's bandwidth and the size and cost of an index.
 
     The last three are the same on all workloads. An index costs its share of the machine's memory.
     """
@@ -167,7 +167,7 @@ def limits_table(report: BenchReport) -> Table:
     table.add_figures("query\nGB/s", "GB/s that a query reads", importance=8)
     table.add_figures("index\nGB/M", "GB of a million vectors", importance=7)
     table.add_figures("index\n$/month", "$ a month for a million vectors in memory", importance=5)
-    for line in limits(report):
+    for line in workload_limits(report):
         variant = report.variants[line.name]
         read = variant.latency.weight_gb_per_s
         cells = [
@@ -202,7 +202,7 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
         table.add_figures("published", "published")
     for name in reports:
         table.add_figures(Text(name), name)
-    lines = [with_scores(Row(name, False, "other", ""), reports[name]) for name in reports]
+    lines = [add_scores(Row(name, False, "other", ""), reports[name]) for name in reports]
     for column in COLUMNS:
         if column.attribute in _IN_EVAL:
             cells = [*([""] if published else []), *(column.text(row) for row in lines)]
@@ -230,12 +230,16 @@ def eval_table(reports: Mapping[str, EvalReport]) -> Table:
     about = dict.fromkeys(f"suite {r.suite}, against {r.baseline}" for r in evals)
     about |= dict.fromkeys(f"no retention: {r.no_retention}" for r in evals if r.no_retention)
     about |= dict.fromkeys(f"neighbours: {r.fidelity.among}" for r in evals)
-    notes = [*about, *_about_verdicts(evals), *(f"* {failure}" for failure in failures(reports))]
+    notes = [
+        *about,
+        *_about_verdicts(evals),
+        *(f"* {failure}" for failure in failure_sentences(reports)),
+    ]
     notes += [
         *dict.fromkeys(note for report in evals for note in report.notes),
         encodings_note(evals),
     ]
-    notes += [sentence for report in evals for sentence in beside_published(report)]
+    notes += [sentence for report in evals for sentence in published_sentences(report)]
     table.caption = Text("\n".join(notes), style="not italic")
     return table
 
@@ -265,10 +269,10 @@ def grid_table(reports: Mapping[str, EvalReport]) -> Table:
     notes = [
         f"suite {first.suite}, against {first.baseline}; differences are in points, with a 95 % "
         f"paired bootstrap interval",
-        f"verdicts use a margin of {points(first.margin)} and hold for "
+        f"verdicts use a margin of {score_points(first.margin)} and hold for "
         f"{f'all {n_rows} lines together (Holm)' if first.correction == 'family' else 'each line'}",
     ]
-    notes += [f"* {failure}" for failure in failures(reports)]
+    notes += [f"* {failure}" for failure in failure_sentences(reports)]
     notes += [
         *dict.fromkeys(note for report in evals for note in report.notes),
         encodings_note(evals),
@@ -300,7 +304,7 @@ def _about_verdicts(reports: Sequence[EvalReport]) -> list[str]:
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in _VERDICT_MARKS.items())
     notes = [
         f"differences are in points, with a 95 % paired bootstrap interval; verdicts use a margin "
-        f"of {points(judged[0].margin)}: {marks}; verdicts hold for "
+        f"of {score_points(judged[0].margin)}: {marks}; verdicts hold for "
         + (
             f"all {judged[0].n_claims} tasks together, and for all {len(judged)} means together "
             f"(Holm)"

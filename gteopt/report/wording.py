@@ -39,7 +39,7 @@ METRIC_SOURCES: dict[Metric, str] = {
 """The command that measures a metric, in words."""
 
 
-def unknown(metric: Metric, measured: Mapping[Metric, float]) -> str:
+def explain_unknown_metric(metric: Metric, measured: Mapping[Metric, float]) -> str:
     """Say why a limit on a metric cannot be judged.
 
     Args:
@@ -72,6 +72,6 @@ def metric_amount(metric: Metric, value: float) -> str:
     return f"{value:.4g}"
 
 
-def points(share: float) -> str:
+def score_points(share: float) -> str:
     """A difference of scores, given from 0 to 1, in points."""
     return f"{100 * share:g} point{'' if share == 0.01 else 's'}"

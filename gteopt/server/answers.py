@@ -20,7 +20,7 @@ Floats = NDArray[np.float32]
 Encoding = Literal["float", "base64"]
 
 
-def shorten(rows: Floats, dims: int, *, normalise: bool = True) -> Floats:
+def shorten_vectors(rows: Floats, dims: int, *, normalise: bool = True) -> Floats:
     """Cut vectors [N, D] to their first `dims` dimensions and normalise them to length 1 again.
 
     Norms are summed in float64.
@@ -39,7 +39,7 @@ def shorten(rows: Floats, dims: int, *, normalise: bool = True) -> Floats:
     return (cut / np.where(norm > 0, norm, 1.0)).astype(np.float32)
 
 
-def code(rows: Floats, dtype: OutputDtype, transform: VectorTransform) -> NDArray[Any]:
+def convert_vectors(rows: Floats, dtype: OutputDtype, transform: VectorTransform) -> NDArray[Any]:
     """Convert vectors [N, D] to a number type; floats are little endian.
 
     int8 uses the ranges that are stored in the artifact; uint8 is int8 + 128. ubinary packs eight
@@ -62,7 +62,7 @@ def code(rows: Floats, dtype: OutputDtype, transform: VectorTransform) -> NDArra
     return packed if dtype == "ubinary" else (packed.astype(np.int16) - 128).astype(np.int8)
 
 
-def encode_list(
+def encode_embedding_list(
     codes: NDArray[Any],
     encoding: Encoding,
     *,
@@ -72,7 +72,7 @@ def encode_list(
     """Encode OpenAI's list of embeddings as JSON.
 
     Args:
-        codes: [N, W], the result of `code`.
+        codes: [N, W], the result of `convert_vectors`.
         encoding: lists of numbers, or base64 of their bytes.
         failed: indices of rows whose embedding is null.
         about: `model`, `usage` and further fields beside `data`.
@@ -86,11 +86,11 @@ def encode_list(
         elif encoding == "base64":
             value = b'"%b"' % base64.b64encode(row.tobytes())
         else:
-            value = dump(row)
+            value = encode_json(row)
         rows.append(b'{"object":"embedding","index":%d,"embedding":%b}' % (i, value))
-    return b'{"object":"list","data":[%b],%b' % (b",".join(rows), dump(dict(about))[1:])
+    return b'{"object":"list","data":[%b],%b' % (b",".join(rows), encode_json(dict(about))[1:])
 
 
-def dump(content: object) -> bytes:
+def encode_json(content: object) -> bytes:
     """Encode as JSON; numpy arrays become lists."""
     return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)

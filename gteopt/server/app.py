@@ -25,12 +25,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gteopt.server.answers import dump
-from gteopt.server.connections import hung_up, read_body
+from gteopt.server.answers import encode_json
+from gteopt.server.connections import read_body, wait_for_hangup
 from gteopt.server.engine import DeviceDied
-from gteopt.server.keys import ANYBODY, Key
+from gteopt.server.keys import ANYBODY, ApiKey
 from gteopt.server.metrics import CONTENT_TYPE
-from gteopt.server.pipeline import Call, Gone
+from gteopt.server.pipeline import Call, ClientGone
 from gteopt.server.schema import (
     ApiError,
     EmbeddingRequest,
@@ -42,7 +42,7 @@ from gteopt.server.schema import (
     parse_body,
 )
 from gteopt.server.service import Service
-from gteopt.server.tracing import span
+from gteopt.server.tracing import record_span
 from gteopt.version import __version__
 
 log = logging.getLogger("gteopt.server")
@@ -120,12 +120,12 @@ class _Routes:
                 call.key = self._key(request)
                 if self._service.is_draining:
                     raise ApiError(503, "the server is stopping", retry_after_s=1)
-            with span(f"{request.method} {path}", request.headers, call.facts):
+            with record_span(f"{request.method} {path}", request.headers, call.facts):
                 response = await handler(request, call)
         except ApiError as error:
             response = _error_response(error)
             call.facts["error"] = error.message
-        except (Gone, ClientDisconnect):
+        except (ClientGone, ClientDisconnect):
             response = Response(status_code=_HUNG_UP)
         except Exception:
             log.exception("a request failed", extra={"facts": {"id": request_id, "route": path}})
@@ -153,7 +153,7 @@ class _Routes:
             log.info("request", extra={"facts": facts})
         return response
 
-    def _key(self, request: Request) -> Key:
+    def _key(self, request: Request) -> ApiKey:
         keys = self._service.keys
         if keys is None:
             return ANYBODY
@@ -173,7 +173,7 @@ class _Routes:
     async def _body(self, request: Request, call: Call) -> bytes:
         settings = self._service.settings
         body = await read_body(request, settings.max_body_bytes, settings.body_timeout_s)
-        call.gone = asyncio.ensure_future(hung_up(request.receive))
+        call.gone = asyncio.ensure_future(wait_for_hangup(request.receive))
         return body
 
     async def embeddings(self, request: Request, call: Call) -> Response:
@@ -195,13 +195,13 @@ class _Routes:
     async def models(self, request: Request, call: Call) -> Response:
         del request, call
         data = [self._model(name) for name in self._service.models]
-        return _json(dump({"object": "list", "data": data}))
+        return _json(encode_json({"object": "list", "data": data}))
 
     async def model(self, request: Request, call: Call) -> Response:
         del call
         name = request.path_params["model"]
         self._service.find(name)
-        return _json(dump(self._model(name)))
+        return _json(encode_json(self._model(name)))
 
     def _model(self, name: str) -> dict[str, Any]:
         created = self._service.models[name].loaded_at
@@ -211,7 +211,7 @@ class _Routes:
         del request, call
         service, settings = self._service, self._service.settings
         return _json(
-            dump(
+            encode_json(
                 {
                     "version": __version__,
                     "models": [served.about for served in service.models.values()],
@@ -249,19 +249,19 @@ class _Routes:
             )
         body = await read_body(request, self._service.settings.max_body_bytes)
         reload_request = parse_body(body or b"{}", ReloadRequest)
-        return _json(dump(await self._service.reload(reload_request.model)))
+        return _json(encode_json(await self._service.reload(reload_request.model)))
 
     async def livez(self, request: Request, call: Call) -> Response:
         del request, call
         alive = self._service.engine.is_alive
-        return _json(dump({"alive": alive}), 200 if alive else 503)
+        return _json(encode_json({"alive": alive}), 200 if alive else 503)
 
     async def readyz(self, request: Request, call: Call) -> Response:
         del request, call
         problem = await self._service.not_ready()
         if problem is None:
-            return _json(dump({"ready": True}))
-        return _json(dump({"ready": False, "reason": problem}), 503)
+            return _json(encode_json({"ready": True}))
+        return _json(encode_json({"ready": False, "reason": problem}), 503)
 
     async def metrics(self, request: Request, call: Call) -> Response:
         del request, call
@@ -269,7 +269,7 @@ class _Routes:
 
     async def openapi(self, request: Request, call: Call) -> Response:
         del request, call
-        return _json(dump(openapi(__version__, with_keys=self._service.keys is not None)))
+        return _json(encode_json(openapi(__version__, with_keys=self._service.keys is not None)))
 
     async def page(self, request: Request, call: Call) -> Response:
         del request, call
@@ -296,7 +296,7 @@ def _json(content: bytes, status: int = 200) -> Response:
 
 
 def _error_response(error: ApiError) -> Response:
-    response = _json(dump(error.body), error.status)
+    response = _json(encode_json(error.body), error.status)
     if error.retry_after_s is not None:
         response.headers["retry-after"] = str(max(1, round(error.retry_after_s + 0.5)))
     if error.status == 401:

@@ -83,7 +83,7 @@ class CostModel:
 
 
 @dataclass(frozen=True, eq=False)
-class Budget:
+class PassBudget:
     """The limits of one pass. The first text is taken even if it alone exceeds them.
 
     Attributes:
@@ -96,7 +96,7 @@ class Budget:
 
 
 @dataclass(eq=False)
-class Job:
+class QueuedJob:
     """One request in the queue.
 
     Attributes:
@@ -111,7 +111,7 @@ class Job:
     """
 
     lane: object
-    budget: Budget
+    budget: PassBudget
     key: str
     costs: Sequence[float]
     lengths: Sequence[int]
@@ -131,10 +131,10 @@ class Job:
 
 
 @dataclass(eq=False, slots=True)
-class Item:
+class QueuedText:
     """One text of a job; `tag` is the virtual time at which processor sharing would finish it."""
 
-    job: Job
+    job: QueuedJob
     position: int
     tag: float
 
@@ -183,7 +183,7 @@ class _Shares:
             self.now = heapq.heappop(self._finishes)
 
 
-_Entry = tuple[float, int, Item]
+_Entry = tuple[float, int, QueuedText]
 
 
 class _Key:
@@ -195,7 +195,7 @@ class _Key:
         self.shares = _Shares()
         self.queued_s = 0.0
         self.queued_long_s = 0.0
-        self.jobs: set[Job] = set()
+        self.jobs: set[QueuedJob] = set()
         self.lanes: dict[object, list[_Entry]] = {}
 
     def add(self, work_s: float, *, is_long: bool) -> None:
@@ -261,7 +261,7 @@ class FairQueue:
         """Number of keys that have waiting requests."""
         return len(self._keys)
 
-    def push(self, job: Job) -> None:
+    def push(self, job: QueuedJob) -> None:
         """Add a request with at least one text."""
         key = self._keys.get(job.key)
         if key is None:
@@ -274,11 +274,11 @@ class FairQueue:
         heap = key.lanes.setdefault(job.lane, [])
         for position, cost in enumerate(job.costs):
             tag += cost
-            heapq.heappush(heap, (tag, next(self._order), Item(job, position, tag)))
+            heapq.heappush(heap, (tag, next(self._order), QueuedText(job, position, tag)))
         key.jobs.add(job)
         key.add(job.left_s, is_long=job.is_long)
 
-    def drop(self, job: Job) -> None:
+    def drop(self, job: QueuedJob) -> None:
         """Remove a request from the queue; its texts that already run are not stopped."""
         job.is_dropped = True
         key = self._keys.get(job.key)
@@ -288,7 +288,7 @@ class FairQueue:
             key.shares.leave(job.finish)
             self._forget_if_idle(job.key, key)
 
-    def compose(self, *, small: bool = False) -> list[Item]:
+    def compose(self, *, small: bool = False) -> list[QueuedText]:
         """Take the texts of the next pass out of the queue; empty only if nothing waits.
 
         The first text in order is always taken. Further texts of its lane follow in order while
@@ -303,7 +303,7 @@ class FairQueue:
             small: take only texts of small requests, even if a long request is first. The result
                 may then be empty although texts wait.
         """
-        batch: list[Item] = []
+        batch: list[QueuedText] = []
         passed_over: list[tuple[_Key, _Entry]] = []
         lane: object | None = None
         seconds, tokens = 0.0, 0
@@ -348,7 +348,7 @@ class FairQueue:
                 best = key, heap
         return best
 
-    def _charge(self, key: _Key, item: Item) -> None:
+    def _charge(self, key: _Key, item: QueuedText) -> None:
         job, cost = item.job, item.cost_s
         self._now = max(self._now, key.start)
         key.start += cost / key.weight
@@ -375,7 +375,7 @@ Text = TypeVar("Text")
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[Row]):
+class PassOutcome(Generic[Row]):
     """The result of a pass for one text: a row, or the error that this text causes alone."""
 
     row: Row | None = None
@@ -386,7 +386,7 @@ def bisect_failures(
     run: Callable[[Sequence[Text]], Sequence[Row]],
     texts: Sequence[Text],
     is_fatal: Callable[[Exception], bool] = lambda error: False,
-) -> list[Outcome[Row]]:
+) -> list[PassOutcome[Row]]:
     """Run texts together; if that fails, halve them until the texts that fail alone are found.
 
     One bad text among n costs about 2 log2(n) further passes.
@@ -397,12 +397,12 @@ def bisect_failures(
         is_fatal: whether no later pass can succeed after an error; such an error is raised.
     """
     try:
-        return [Outcome(row=row) for row in run(texts)]
+        return [PassOutcome(row=row) for row in run(texts)]
     except Exception as error:
         if is_fatal(error):
             raise
         if len(texts) == 1:
-            return [Outcome(error=error)]
+            return [PassOutcome(error=error)]
     half = len(texts) // 2
     return [
         *bisect_failures(run, texts[:half], is_fatal),
@@ -416,12 +416,12 @@ _SHORT = 0.01
 """A request with at most this share of the queue's limit is short."""
 
 
-def is_long(work_s: float, limit_s: float) -> bool:
+def is_long_request(work_s: float, limit_s: float) -> bool:
     """Whether a request's work is more than a hundredth of the queue's limit."""
     return work_s > _SHORT * limit_s
 
 
-def seconds_to_wait(queue: FairQueue, job: Job, limit_s: float) -> float | None:
+def seconds_to_wait(queue: FairQueue, job: QueuedJob, limit_s: float) -> float | None:
     """Seconds until the queue has room for a request; None if it has room now.
 
     A request is admitted or refused as a whole. Long requests may use four fifths of the queue; one

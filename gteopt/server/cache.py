@@ -17,7 +17,7 @@ _ENTRY_BYTES = 300
 """Overhead of a vector in bytes: the dictionary's entry, the key and the array's header."""
 
 
-class VectorCache:
+class RequestCache:
     """A cache of limited size, which removes the least recently used vectors first.
 
     Only one thread may use it: the event loop's.

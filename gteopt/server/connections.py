@@ -98,10 +98,10 @@ def _too_large(max_bytes: int) -> ApiError:
     )
 
 
-async def hung_up(receive: Any) -> None:
+async def wait_for_hangup(receive: Any) -> None:
     """Return when the client has closed the connection. Call it after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-__all__ = ["ClientDisconnect", "ImpatientProtocol", "hung_up", "read_body"]
+__all__ = ["ClientDisconnect", "ImpatientProtocol", "read_body", "wait_for_hangup"]

@@ -3,8 +3,8 @@
 Hides: threads, locks, how a failed pass is retried, how a hang is noticed. Refuses to know: HTTP,
 what texts are, how vectors are sent.
 
-A caller submits `Work` and waits for its future. The thread composes a pass, computes it, and hands
-out the rows. An exception fails only the text that caused it.
+A caller submits `EngineWork` and waits for its future. The thread composes a pass, computes it,
+and hands out the rows. An exception fails only the text that caused it.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from gteopt.errors import NumericsError, is_out_of_memory
 from gteopt.server.batching import (
-    Budget,
     CostModel,
     FairQueue,
-    Item,
-    Job,
+    PassBudget,
+    QueuedJob,
+    QueuedText,
     bisect_failures,
-    is_long,
+    is_long_request,
     seconds_to_wait,
 )
 from gteopt.server.memory import return_free_memory
@@ -58,7 +58,7 @@ class Lane(Protocol):
 
     name: str
     cost: CostModel
-    budget: Budget
+    budget: PassBudget
 
     def compute(
         self,
@@ -76,7 +76,7 @@ class Lane(Protocol):
         ...
 
 
-class Observer(Protocol):
+class EngineObserver(Protocol):
     """Counts the engine's events; `dropped` is called by any thread, the others by the engine's."""
 
     def passed(self, lane: str, lengths: Sequence[int], padding: int, seconds: float) -> None:
@@ -96,7 +96,7 @@ class Observer(Protocol):
         ...
 
 
-class Refused(Exception):
+class QueueFull(Exception):
     """The queue is full.
 
     Attributes:
@@ -113,7 +113,7 @@ class DeviceDied(Exception):
 
 
 @dataclass(eq=False)
-class Work(Job):
+class EngineWork(QueuedJob):
     """A request with tokenized texts.
 
     Attributes:
@@ -131,17 +131,17 @@ class Work(Job):
     tokens: Sequence[Sequence[int]] = field(kw_only=True)
     vectors: Floats = field(init=False)
     errors: dict[int, Exception] = field(default_factory=dict, init=False)
-    future: Future[Work] = field(default_factory=Future, init=False)
+    future: Future[EngineWork] = field(default_factory=Future, init=False)
     submitted_at: float = field(default=0.0, init=False)
     queue_s: float | None = field(default=None, init=False)
     n_open: int = field(default=0, init=False)
 
     @staticmethod
-    def of(model: Lane, tokens: Sequence[Sequence[int]], *, key: str, dims: int) -> Work:
+    def of(model: Lane, tokens: Sequence[Sequence[int]], *, key: str, dims: int) -> EngineWork:
         """Create the work for token lists whose vectors have `dims` dimensions."""
         lengths = [len(ids) for ids in tokens]
         costs = [model.cost.text_s(n) for n in lengths]
-        work = Work(model, model.budget, key, costs, lengths, model=model, tokens=tokens)
+        work = EngineWork(model, model.budget, key, costs, lengths, model=model, tokens=tokens)
         work.vectors = np.full((len(tokens), dims), np.nan, dtype=np.float32)
         work.n_open = len(tokens)
         return work
@@ -155,7 +155,7 @@ class Engine:
 
     def __init__(
         self,
-        observer: Observer,
+        observer: EngineObserver,
         *,
         max_queue_s: float = 30.0,
         weights: Mapping[str, float] | None = None,
@@ -176,7 +176,7 @@ class Engine:
         self._tasks: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._changed = threading.Condition()
         self._stopping = False
-        self._running: set[Work] = set()
+        self._running: set[EngineWork] = set()
         self._pass: tuple[float, float] | None = None
         self._pace = 1.0
         self._inside_s = 0.0
@@ -211,27 +211,27 @@ class Engine:
         with self._changed:
             return len(self._queue)
 
-    def submit(self, work: Work) -> Future[Work]:
+    def submit(self, work: EngineWork) -> Future[EngineWork]:
         """Put a whole request into the queue.
 
         Raises:
-            Refused: the queue has no room.
+            QueueFull: the queue has no room.
             DeviceDied: the device thread has ended or hangs.
         """
         with self._changed:
             if not self.is_alive or self._stopping:
                 raise DeviceDied
             limit = self._max_queue_s / self._pace
-            work.is_long = is_long(sum(work.costs), limit)
+            work.is_long = is_long_request(sum(work.costs), limit)
             wait = seconds_to_wait(self._queue, work, limit)
             if wait is not None:
-                raise Refused(wait * self._pace)
+                raise QueueFull(wait * self._pace)
             work.submitted_at = time.monotonic()
             self._queue.push(work)
             self._changed.notify()
         return work.future
 
-    def drop(self, work: Work) -> None:
+    def drop(self, work: EngineWork) -> None:
         """Drop a request, because its caller no longer waits."""
         with self._changed:
             if not work.future.done():
@@ -266,7 +266,7 @@ class Engine:
         with self._changed:
             waiting = [*self._running]
             while batch := self._queue.compose():
-                waiting += [item.job for item in batch if isinstance(item.job, Work)]
+                waiting += [item.job for item in batch if isinstance(item.job, EngineWork)]
             tasks, self._tasks = self._tasks, []
         for future in {work.future for work in waiting} | {future for _, future in tasks}:
             with suppress(InvalidStateError):
@@ -295,7 +295,7 @@ class Engine:
                     self._trimmed_at = time.monotonic()
                     return return_free_memory
                 if batch := self._queue.compose():
-                    self._running = {item.job for item in batch if isinstance(item.job, Work)}
+                    self._running = {item.job for item in batch if isinstance(item.job, EngineWork)}
                     return lambda: self._compute(batch)
                 self._changed.wait(_IDLE_WAIT_S)
 
@@ -307,10 +307,10 @@ class Engine:
             if _is_fatal(error):
                 raise
 
-    def _compute(self, batch: Sequence[Item], *, inside: bool = False) -> None:
+    def _compute(self, batch: Sequence[QueuedText], *, inside: bool = False) -> None:
         """Compute one pass. `inside`: it runs between two blocks of another pass."""
         began = time.monotonic()
-        works = [item.job for item in batch if isinstance(item.job, Work)]
+        works = [item.job for item in batch if isinstance(item.job, EngineWork)]
         for work in set(works):
             if work.queue_s is None:
                 work.queue_s = began - work.submitted_at
@@ -343,7 +343,7 @@ class Engine:
             self._pace = _PACE_MEMORY * self._pace + (1 - _PACE_MEMORY) * ratio
         elif any(map(is_out_of_memory, errors)):
             half = max(1, model.budget.tokens // 2)
-            model.budget = Budget(model.budget.seconds / 2, half)
+            model.budget = PassBudget(model.budget.seconds / 2, half)
         for item, outcome in zip(batch, outcomes, strict=True):
             self._hand_out(item, outcome.row, outcome.error)
         self._running -= set(works)
@@ -352,13 +352,13 @@ class Engine:
         """Compute waiting small requests, between two blocks of a slow pass."""
         with self._changed:
             batch = self._queue.compose(small=True)
-            self._running |= {item.job for item in batch if isinstance(item.job, Work)}
+            self._running |= {item.job for item in batch if isinstance(item.job, EngineWork)}
         if batch:
             self._compute(batch, inside=True)
 
-    def _hand_out(self, item: Item, row: Floats | None, error: Exception | None) -> None:
+    def _hand_out(self, item: QueuedText, row: Floats | None, error: Exception | None) -> None:
         work = item.job
-        assert isinstance(work, Work)
+        assert isinstance(work, EngineWork)
         if error is not None:
             work.errors[item.position] = error
             self._observer.failed("non_finite" if _is_numerics(error) else "exception")

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gteopt.errors import InputError, join_problems, suggest
+from gteopt.errors import InputError, join_problems, suggest_names
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _OPTIONS = ("weight", "requests_per_minute", "tokens_per_minute", "admin")
@@ -26,7 +26,7 @@ _LEAST_SECRET = 16
 
 
 @dataclass(frozen=True)
-class Key:
+class ApiKey:
     """An API key.
 
     Attributes:
@@ -46,14 +46,14 @@ class Key:
     admin: float = 0.0
 
 
-ANYBODY = Key("anybody", b"")
+ANYBODY = ApiKey("anybody", b"")
 """The key of every caller of a server without API keys."""
 
 
-class Keys:
+class ApiKeys:
     """The keys of one server."""
 
-    def __init__(self, keys: Iterable[Key]) -> None:
+    def __init__(self, keys: Iterable[ApiKey]) -> None:
         self._keys = tuple(keys)
 
     @property
@@ -61,7 +61,7 @@ class Keys:
         """Weight of each key, by its name."""
         return {key.name: key.weight for key in self._keys}
 
-    def find(self, secret: str) -> Key | None:
+    def find(self, secret: str) -> ApiKey | None:
         """The key with this secret, or None.
 
         All digests are compared, so that the time does not tell which key matched.
@@ -74,7 +74,7 @@ class Keys:
         return match
 
 
-def read_keys(path: Path) -> Keys:
+def read_api_keys(path: Path) -> ApiKeys:
     """Read a file of keys; this module's docstring describes its format.
 
     Raises:
@@ -84,7 +84,7 @@ def read_keys(path: Path) -> Keys:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--api-keys {path}: cannot be read ({error})") from error
-    keys: list[Key] = []
+    keys: list[ApiKey] = []
     problems: list[str] = []
     for number, line in enumerate(lines, 1):
         words = line.partition("#")[0].split()
@@ -102,10 +102,10 @@ def read_keys(path: Path) -> Keys:
         problems.append("the file has no key")
     if problems:
         raise InputError(join_problems(f"--api-keys {path}", problems))
-    return Keys(keys)
+    return ApiKeys(keys)
 
 
-def _parse(words: list[str], default_name: str) -> Key:
+def _parse(words: list[str], default_name: str) -> ApiKey:
     plain = [word for word in words if "=" not in word]
     if not plain or len(plain) > 2:
         raise ValueError("write [NAME] KEY [option=number ...]")
@@ -124,14 +124,14 @@ def _parse(words: list[str], default_name: str) -> Key:
         if not is_option:
             continue
         if option not in _OPTIONS:
-            raise ValueError(f"unknown option '{option}': {suggest(option, _OPTIONS)}")
+            raise ValueError(f"unknown option '{option}': {suggest_names(option, _OPTIONS)}")
         try:
             options[option] = float(value)
         except ValueError:
             raise ValueError(f"{option} is '{value}', expected a number") from None
         if not 0 < options[option] < float("inf"):
             raise ValueError(f"{option} is '{value}', expected a finite number above 0")
-    return Key(name, digest, **options)
+    return ApiKey(name, digest, **options)
 
 
 class Allowance:
@@ -165,7 +165,7 @@ class Allowances:
         self._clock = clock
         self._allowances: dict[tuple[str, str], Allowance] = {}
 
-    def take(self, key: Key, *, requests: float = 0, tokens: float = 0) -> float | None:
+    def take(self, key: ApiKey, *, requests: float = 0, tokens: float = 0) -> float | None:
         """Take from a key's limits and return None, or return the seconds to wait."""
         for kind, limit, amount in (
             ("requests", key.requests_per_minute, requests),

@@ -87,7 +87,7 @@ class Metrics:
         return generate_latest(self.registry)
 
     def passed(self, lane: str, lengths: Sequence[int], padding: int, seconds: float) -> None:
-        """Count a computed pass; this and the next three methods are those of `engine.Observer`.
+        """Count a computed pass; this and the next three methods are those of `EngineObserver`.
 
         Seconds are those of the wall clock, also while other processes use the device.
         """

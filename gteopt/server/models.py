@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from gteopt.cores import n_cores
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.tokenization import Role, Tokens
-from gteopt.errors import GteoptError, InputError, NumericsError, UnsupportedError, suggest
+from gteopt.errors import GteoptError, InputError, NumericsError, UnsupportedError, suggest_names
 from gteopt.records.canary import CANARY, LEAST_COSINE, CanaryRecord
 from gteopt.records.results_folder import read_results
 from gteopt.server import answers
-from gteopt.server.batching import Budget, CostModel
+from gteopt.server.batching import CostModel, PassBudget
 from gteopt.server.memory import pass_padding
 
 Floats = NDArray[np.float32]
@@ -45,7 +45,7 @@ _SHAPES = ((1, 8), (1, 32), (8, 16), (1, 128), (32, 16), (4, 128), (2, 384), (16
 
 
 @dataclass(frozen=True)
-class Prompt:
+class TextPrompt:
     """The prompt of a text.
 
     Attributes:
@@ -59,7 +59,7 @@ class Prompt:
     prefix: str = ""
 
 
-class Tokenized:
+class TokenizedRequest:
     """Tokenized texts of a request.
 
     Attributes:
@@ -74,7 +74,7 @@ class Tokenized:
         self.too_long: dict[int, int] = {}
 
 
-class Served:
+class ServedModel:
     """An artifact in memory, with a name that requests give.
 
     Attributes:
@@ -96,7 +96,7 @@ class Served:
         self.encoder = encoder
         self.tokenization = encoder.tokenization
         self.cost = CostModel(0.0, 0.0, 1e-5, 0.0)
-        self.budget = Budget(_MOST_BUDGET_S["cpu"], _MOST_TOKENS["cpu"])
+        self.budget = PassBudget(_MOST_BUDGET_S["cpu"], _MOST_TOKENS["cpu"])
         self.tokenizer = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self.loaded_at = int(time.time())
         self.canary_text = self._stored.text if self._stored else CANARY
@@ -146,11 +146,11 @@ class Served:
 
         self.cost = measure_cost(timed, seconds)
         if max_batch_tokens is not None:
-            self.budget = Budget(float("inf"), max_batch_tokens)
+            self.budget = PassBudget(float("inf"), max_batch_tokens)
             return
         wanted = CostModel(self.cost.overhead_s + _HOST_S, 0, 0, 0).budget_s()
         seconds = min(_MOST_BUDGET_S[device], max(_LEAST_BUDGET_S, wanted))
-        self.budget = Budget(seconds, _MOST_TOKENS[device])
+        self.budget = PassBudget(seconds, _MOST_TOKENS[device])
 
     def _shape_tokens(self, n_tokens: int) -> Tokens:
         ids = self.tokenization.tokenize([CANARY * (1 + n_tokens // 8)])[0]
@@ -223,7 +223,7 @@ class Served:
     def shorten(self, rows: Floats, dims: int) -> Floats:
         """Cut vectors [N, D] to a supported length; normalise them for artifacts with cosine."""
         normalise = self.encoder.vectors.similarity == "cosine"
-        return answers.shorten(rows, dims, normalise=normalise)
+        return answers.shorten_vectors(rows, dims, normalise=normalise)
 
     def has_ranges(self, dtype: str) -> bool:
         """Whether codes of a number type need ranges or a mean that the artifact stores."""
@@ -252,7 +252,7 @@ class Served:
         input_type: str | None = None,
         prompt_name: str | None = None,
         instruction: str | None = None,
-    ) -> Prompt:
+    ) -> TextPrompt:
         """The prompt that a request's fields ask for.
 
         Raises:
@@ -265,24 +265,26 @@ class Served:
             raise InputError("only queries take an instruction; leave out input_type document")
         role: Role = "query" if instruction is not None or input_type == "query" else "document"
         if prompt_name in ("query", "document"):
-            return Prompt(role="query" if prompt_name == "query" else "document")
+            return TextPrompt(role="query" if prompt_name == "query" else "document")
         if prompt_name is not None:
             checkpoint = self.encoder.checkpoint
             prompts = checkpoint.st.settings.prompts
             if prompt_name not in prompts:
                 known = {"query", "document", *prompts}
-                raise InputError(f"unknown prompt '{prompt_name}': {suggest(prompt_name, known)}")
+                raise InputError(
+                    f"unknown prompt '{prompt_name}': {suggest_names(prompt_name, known)}"
+                )
             if self.tokenization.prompt("document") or checkpoint.excludes_prompt:
                 raise UnsupportedError(
                     f"{self.name} has a prompt for documents or leaves prompts out of the mean, so "
                     f"that '{prompt_name}' cannot be used alone; use query or document"
                 )
-            return Prompt(prefix=prompts[prompt_name] or "")
+            return TextPrompt(prefix=prompts[prompt_name] or "")
         self.tokenization.prompt(role, instruction)
-        return Prompt(role, instruction)
+        return TextPrompt(role, instruction)
 
     def tokenize(
-        self, texts: Sequence[str], prompt: Prompt, truncate: str, into: Tokenized
+        self, texts: Sequence[str], prompt: TextPrompt, truncate: str, into: TokenizedRequest
     ) -> None:
         """Tokenize further texts; runs on the tokenizer's thread.
 
@@ -309,11 +311,11 @@ class Served:
             into.n_truncated += len(cut)
         into.tokens += tokenized
 
-    def _n_tokens(self, text: str, prompt: Prompt) -> int:
+    def _n_tokens(self, text: str, prompt: TextPrompt) -> int:
         role, instruction = prompt.role, prompt.instruction
         return self.tokenization.lengths([text], role=role, instruction=instruction)[0]
 
-    def _fitting_end(self, text: str, prompt: Prompt) -> str:
+    def _fitting_end(self, text: str, prompt: TextPrompt) -> str:
         """The longest end of a text that fits after its prompt, cut between two tokens."""
         tokenizer = self.tokenization.tokenizer
         if not getattr(tokenizer, "is_fast", False):

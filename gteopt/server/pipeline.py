@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 
 from gteopt.encoder.tokenization import Tokens
 from gteopt.errors import InputError, NumericsError, is_out_of_memory
-from gteopt.server.cache import VectorCache
-from gteopt.server.engine import DeviceDied, Engine, Refused, Work
-from gteopt.server.keys import ANYBODY, Allowances, Key
+from gteopt.server.cache import RequestCache
+from gteopt.server.engine import DeviceDied, Engine, EngineWork, QueueFull
+from gteopt.server.keys import ANYBODY, Allowances, ApiKey
 from gteopt.server.metrics import Metrics
-from gteopt.server.models import Prompt, Served, Tokenized
+from gteopt.server.models import ServedModel, TextPrompt, TokenizedRequest
 from gteopt.server.schema import ApiError
-from gteopt.server.settings import Decoder, Settings
+from gteopt.server.settings import Decoder, ServerSettings
 
 Floats = NDArray[np.float32]
 Result = TypeVar("Result")
@@ -46,17 +46,17 @@ class Call:
         facts: fields of the log line.
     """
 
-    key: Key = ANYBODY
+    key: ApiKey = ANYBODY
     gone: asyncio.Future[None] | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Gone(Exception):
+class ClientGone(Exception):
     """The client has closed the connection, so that no answer is needed."""
 
 
 @dataclass
-class Embedded:
+class EmbeddedRequest:
     """Vectors of a request's texts.
 
     Attributes:
@@ -105,26 +105,26 @@ class Pipeline:
         cache: the vector cache; None if it is off.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, settings: Settings) -> None:
+    def __init__(self, engine: Engine, metrics: Metrics, settings: ServerSettings) -> None:
         self._engine = engine
         self._metrics = metrics
         self._settings = settings
         self._allowances = Allowances()
-        self.cache = VectorCache(settings.cache_bytes) if settings.cache_bytes else None
+        self.cache = RequestCache(settings.cache_bytes) if settings.cache_bytes else None
 
     async def embed(
         self,
-        served: Served,
+        served: ServedModel,
         inputs: Sequence[str] | Sequence[Sequence[int]],
-        prompt: Prompt,
+        prompt: TextPrompt,
         call: Call,
         rules: InputRules = _INPUT_RULES,
-    ) -> Embedded:
+    ) -> EmbeddedRequest:
         """Embed texts or token lists.
 
         Raises:
             ApiError: the request is over a limit, the queue is full, or a text fails.
-            Gone: the client has closed the connection.
+            ClientGone: the client has closed the connection.
         """
         partial, param = rules.partial, rules.param
         call.facts |= {"model": served.name, "inputs": len(inputs)}
@@ -167,11 +167,11 @@ class Pipeline:
         errors |= {i: _as_api_error(error, f"{param}[{i}]") for i, error in failed.items()}
         if errors and not partial:
             raise _first(errors)
-        return Embedded(rows, errors, n_tokens, tokenized.n_truncated)
+        return EmbeddedRequest(rows, errors, n_tokens, tokenized.n_truncated)
 
     async def _computed(
         self,
-        served: Served,
+        served: ServedModel,
         tokens: Sequence[Tokens],
         wanted: Sequence[int],
         rows: Floats,
@@ -181,7 +181,7 @@ class Pipeline:
         keys: dict[int, bytes] = {}
         if self.cache is not None:
             for i in wanted:
-                keys[i] = VectorCache.key(served.sha256, tokens[i], tokens[i].n_prompt)
+                keys[i] = RequestCache.key(served.sha256, tokens[i], tokens[i].n_prompt)
                 if (cached := self.cache.get(keys[i])) is not None:
                     rows[i] = cached
             hits = [i for i in wanted if not np.isnan(rows[i, 0])]
@@ -191,7 +191,7 @@ class Pipeline:
         if not wanted:
             return {}
         missing = [tokens[i] for i in wanted]
-        work = Work.of(served, missing, key=call.key.name, dims=served.encoder.dims)
+        work = EngineWork.of(served, missing, key=call.key.name, dims=served.encoder.dims)
         await self._done(work, call)
         rows[wanted] = work.vectors
         failed = {wanted[position]: error for position, error in work.errors.items()}
@@ -201,12 +201,12 @@ class Pipeline:
                     self.cache.put(keys[i], rows[i])
         return failed
 
-    async def _done(self, work: Work, call: Call) -> None:
+    async def _done(self, work: EngineWork, call: Call) -> None:
         """Submit the work and wait until the device has computed it.
 
         Raises:
             ApiError: the queue is full, or the device has failed.
-            Gone: the client has closed the connection; the work is dropped.
+            ClientGone: the client has closed the connection; the work is dropped.
         """
         try:
             future = self._engine.submit(work)
@@ -217,12 +217,12 @@ class Pipeline:
                     waited.add(call.gone)
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
                 if not answer.done():
-                    raise Gone
+                    raise ClientGone
                 answer.result()
             finally:
                 if not future.done():
                     self._engine.drop(work)
-        except Refused as refused:
+        except QueueFull as refused:
             self._metrics.rejected.labels("queue_full").inc()
             raise ApiError(
                 429,
@@ -237,28 +237,35 @@ class Pipeline:
             call.facts["queue_ms"] = round(1000 * work.queue_s, 1)
 
     async def tokenized(
-        self, served: Served, texts: Sequence[str], prompt: Prompt, truncate: str, call: Call
-    ) -> Tokenized:
+        self,
+        served: ServedModel,
+        texts: Sequence[str],
+        prompt: TextPrompt,
+        truncate: str,
+        call: Call,
+    ) -> TokenizedRequest:
         """Tokenize texts in parts, on the tokenizer's thread.
 
         Raises:
-            Gone: the client has closed the connection.
+            ClientGone: the client has closed the connection.
         """
-        tokenized = Tokenized()
+        tokenized = TokenizedRequest()
         for part in served.chunks(texts):
             if call.gone is not None and call.gone.done():
-                raise Gone
-            await on_thread(served.tokenizer, served.tokenize, part, prompt, truncate, tokenized)
+                raise ClientGone
+            await run_on_thread(
+                served.tokenizer, served.tokenize, part, prompt, truncate, tokenized
+            )
         return tokenized
 
     async def _from_ids(
         self,
-        served: Served,
+        served: ServedModel,
         lists: Sequence[Sequence[int]],
-        prompt: Prompt,
+        prompt: TextPrompt,
         call: Call,
         rules: InputRules,
-    ) -> Tokenized:
+    ) -> TokenizedRequest:
         """Tokens from ids of the model's own tokenizer, or of the tokenizer of `decoder`."""
         decoder = self._settings.decoder
         if not rules.own_ids:
@@ -266,14 +273,14 @@ class Pipeline:
                 raise ApiError(400, f"'input' {_FOREIGN_IDS}.", param="input", code="token_ids")
             texts = [_decoded(decoder, ids, i) for i, ids in enumerate(lists)]
             return await self.tokenized(served, texts, prompt, rules.truncate, call)
-        if prompt != Prompt():
+        if prompt != TextPrompt():
             raise ApiError(
                 400,
                 "token ids already include the prompt; leave out input_type, prompt_name and "
                 "instruction",
                 param="input",
             )
-        tokenized, limit = Tokenized(), served.tokenization.max_tokens
+        tokenized, limit = TokenizedRequest(), served.tokenization.max_tokens
         for i, ids in enumerate(lists):
             try:
                 tokens = served.own_tokens(ids)
@@ -290,7 +297,7 @@ class Pipeline:
             tokenized.tokens.append(tokens)
         return tokenized
 
-    def _over_limit(self, key: Key, unit: str, wait_s: float) -> ApiError:
+    def _over_limit(self, key: ApiKey, unit: str, wait_s: float) -> ApiError:
         self._metrics.rejected.labels(f"key_{unit}").inc()
         return ApiError(
             429,
@@ -301,7 +308,7 @@ class Pipeline:
         )
 
 
-def on_thread(
+def run_on_thread(
     pool: ThreadPoolExecutor, task: Callable[..., Result], *arguments: Any
 ) -> Awaitable[Result]:
     """Run a task on a thread of a pool, and await its result."""

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
-from gteopt.errors import suggest
+from gteopt.errors import suggest_names
 
 MAX_INPUTS = 2048
 MAX_TOKEN_ID = 2**31 - 1
@@ -190,7 +190,7 @@ class _Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Prompted(_Request):
+class PromptedRequest(_Request):
     """Fields that choose the prompt. `prompt_name` excludes the other two fields.
 
     Attributes:
@@ -204,7 +204,7 @@ class Prompted(_Request):
     instruction: str | None = None
 
 
-class EmbeddingRequest(Prompted):
+class EmbeddingRequest(PromptedRequest):
     """`POST /v1/embeddings`.
 
     Attributes:
@@ -231,7 +231,7 @@ class EmbeddingRequest(Prompted):
     tokenizer: Literal["model"] | None = None
 
 
-class TokenizeRequest(Prompted):
+class TokenizeRequest(PromptedRequest):
     """`POST /tokenize`: token ids of texts, with prompt and special tokens."""
 
     model: str
@@ -299,7 +299,8 @@ def _as_api_error(
     if first["type"] == "extra_forbidden":
         return ApiError(
             400,
-            f"Unrecognized request argument supplied: {name} ({suggest(name, kind.model_fields)})",
+            f"Unrecognized request argument supplied: {name} "
+            f"({suggest_names(name, kind.model_fields)})",
             param=name,
             code="unknown_parameter",
         )

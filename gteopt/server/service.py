@@ -15,13 +15,13 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gteopt.errors import GteoptError, suggest
+from gteopt.errors import GteoptError, suggest_names
 from gteopt.server import answers
-from gteopt.server.engine import DeviceDied, Engine, Refused, Work
-from gteopt.server.keys import Keys
+from gteopt.server.engine import DeviceDied, Engine, EngineWork, QueueFull
+from gteopt.server.keys import ApiKeys
 from gteopt.server.metrics import Metrics
-from gteopt.server.models import Prompt, Served
-from gteopt.server.pipeline import Call, InputRules, Pipeline, on_thread
+from gteopt.server.models import ServedModel, TextPrompt
+from gteopt.server.pipeline import Call, InputRules, Pipeline, run_on_thread
 from gteopt.server.schema import (
     ApiError,
     EmbeddingRequest,
@@ -31,7 +31,7 @@ from gteopt.server.schema import (
     TokenizeRequest,
     parse_input,
 )
-from gteopt.server.settings import Settings
+from gteopt.server.settings import ServerSettings
 
 Floats = NDArray[np.float32]
 _INLINE_BYTES = 64_000
@@ -59,21 +59,21 @@ class Service:
         self,
         sources: Mapping[str, str],
         load: Callable[[str], Any],
-        settings: Settings,
-        keys: Keys | None = None,
+        settings: ServerSettings,
+        keys: ApiKeys | None = None,
     ) -> None:
         """Create a service; `start` loads its artifacts.
 
         Args:
             sources: folder or model of each artifact, by the name that requests give.
             load: loads the Encoder of a source.
-            settings: see `Settings`.
+            settings: see `ServerSettings`.
             keys: API keys; None if no key is needed.
         """
         self.sources = dict(sources)
         self.settings = settings
         self.keys = keys
-        self.models: dict[str, Served] = {}
+        self.models: dict[str, ServedModel] = {}
         self.metrics = Metrics(settings.price_per_hour)
         self.engine = Engine(
             self.metrics,
@@ -116,8 +116,8 @@ class Service:
         for served in self.models.values():
             served.tokenizer.shutdown(wait=False, cancel_futures=True)
 
-    def _opened(self, name: str, source: str, seconds: float) -> Served:
-        served = Served(name, source, self._load(source))
+    def _opened(self, name: str, source: str, seconds: float) -> ServedModel:
+        served = ServedModel(name, source, self._load(source))
         served.warm_up(
             lambda step: self.engine.call(step).result(),
             max_batch_tokens=self.settings.max_batch_tokens,
@@ -155,7 +155,7 @@ class Service:
                 done[model] = {"before": old.encoder.sha256, "now": new.encoder.sha256}
         return {"reloaded": done}
 
-    def find(self, name: str) -> Served:
+    def find(self, name: str) -> ServedModel:
         """The artifact with this name.
 
         Raises:
@@ -166,7 +166,7 @@ class Service:
             raise ApiError(
                 404,
                 f"The model `{name}` does not exist or you do not have access to it: "
-                f"{suggest(name, self.models)}",
+                f"{suggest_names(name, self.models)}",
                 param="model",
                 code="model_not_found",
             )
@@ -189,15 +189,15 @@ class Service:
             self._ready_at = time.monotonic()
         return None
 
-    async def _canary_problem(self, served: Served) -> str | None:
-        tokens = await on_thread(
+    async def _canary_problem(self, served: ServedModel) -> str | None:
+        tokens = await run_on_thread(
             served.tokenizer, served.tokenization.tokenize, [served.canary_text]
         )
-        work = Work.of(served, tokens, key="readiness", dims=served.encoder.dims)
+        work = EngineWork.of(served, tokens, key="readiness", dims=served.encoder.dims)
         try:
             async with asyncio.timeout(_CANARY_TIMEOUT_S):
                 await asyncio.wrap_future(self.engine.submit(work))
-        except Refused:
+        except QueueFull:
             return None  # the queue is full, so the server is working
         except TimeoutError:
             return f"'{served.name}' gave no vector within {_CANARY_TIMEOUT_S:g} s"
@@ -212,7 +212,7 @@ class Service:
 
         Raises:
             ApiError: a field is wrong, or the vectors cannot be computed.
-            Gone: the client has closed the connection.
+            ClientGone: the client has closed the connection.
         """
         served = self.find(request.model)
         dtype = self._dtype(request, served)
@@ -238,8 +238,10 @@ class Service:
 
         def encode() -> bytes:
             rows = served.shorten(np.nan_to_num(embedded.rows), dims)
-            codes = answers.code(rows, dtype, served.encoder.vectors)
-            return answers.encode_list(codes, encoding, failed=embedded.errors, about=fields)
+            codes = answers.convert_vectors(rows, dtype, served.encoder.vectors)
+            return answers.encode_embedding_list(
+                codes, encoding, failed=embedded.errors, about=fields
+            )
 
         return await self._encoded(encode, embedded.rows.shape[0] * dims * 4)
 
@@ -263,7 +265,7 @@ class Service:
             InputRules(truncate=side if request.truncate else "none", param="inputs"),
         )
         return await self._encoded(
-            lambda: answers.dump(served.shorten(embedded.rows, dims)),
+            lambda: answers.encode_json(served.shorten(embedded.rows, dims)),
             embedded.rows.shape[0] * dims * 4,
         )
 
@@ -277,12 +279,12 @@ class Service:
             served, queries, prompt, call, InputRules(param="queries")
         )
         document_side = await self._pipeline.embed(
-            served, documents, Prompt(), call, InputRules(param="documents")
+            served, documents, TextPrompt(), call, InputRules(param="documents")
         )
         scores = query_side.rows @ document_side.rows.T
         n_tokens = query_side.n_tokens + document_side.n_tokens
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}
-        return answers.dump({"model": request.model, "scores": scores, "usage": usage})
+        return answers.encode_json({"model": request.model, "scores": scores, "usage": usage})
 
     async def tokenize(self, request: TokenizeRequest, call: Call) -> bytes:
         """Answer `POST /tokenize`."""
@@ -290,7 +292,7 @@ class Service:
         texts = _texts(request.input, "input")
         prompt = self._prompt(served, request.input_type, request.prompt_name, request.instruction)
         tokenized = await self._pipeline.tokenized(served, texts, prompt, "end", call)
-        return answers.dump(
+        return answers.encode_json(
             {
                 "model": request.model,
                 "tokens": [list(ids) for ids in tokenized.tokens],
@@ -298,7 +300,7 @@ class Service:
             }
         )
 
-    def _dtype(self, request: EmbeddingRequest, served: Served) -> OutputDtype:
+    def _dtype(self, request: EmbeddingRequest, served: ServedModel) -> OutputDtype:
         given = {request.output_dtype, request.embedding_dtype} - {None}
         if len(given) == 2:
             raise ApiError(
@@ -315,7 +317,7 @@ class Service:
             )
         return dtype
 
-    def _dims(self, wanted: int | None, served: Served, dtype: OutputDtype) -> int:
+    def _dims(self, wanted: int | None, served: ServedModel, dtype: OutputDtype) -> int:
         dims, allowed = served.encoder.dims, served.supported_dims
         if wanted is None:
             return dims
@@ -336,8 +338,8 @@ class Service:
         return wanted
 
     def _prompt(
-        self, served: Served, input_type: str | None, name: str | None, instruction: str | None
-    ) -> Prompt:
+        self, served: ServedModel, input_type: str | None, name: str | None, instruction: str | None
+    ) -> TextPrompt:
         try:
             return served.prompt(input_type, name, instruction)
         except GteoptError as error:
@@ -346,7 +348,7 @@ class Service:
             raise ApiError(400, str(error), param=param) from error
 
     async def _encoded(self, encode: Callable[[], bytes], n_bytes: int) -> bytes:
-        return encode() if n_bytes <= _INLINE_BYTES else await on_thread(self._encoding, encode)
+        return encode() if n_bytes <= _INLINE_BYTES else await run_on_thread(self._encoding, encode)
 
 
 def _texts(value: object, param: str) -> list[str]:

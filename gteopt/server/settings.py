@@ -21,7 +21,7 @@ class Decoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """The settings of a server.
 
     Attributes:

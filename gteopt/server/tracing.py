@@ -13,7 +13,7 @@ from typing import Any
 
 
 @contextmanager
-def span(name: str, headers: Mapping[str, str], facts: Mapping[str, Any]) -> Iterator[None]:
+def record_span(name: str, headers: Mapping[str, str], facts: Mapping[str, Any]) -> Iterator[None]:
     """Record a span around the `with` block; does nothing without the API or without an SDK.
 
     Args:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 
-def take_turns(
+def time_in_turns(
     turns: list[tuple[Callable[[], object], Callable[[], object]]],
     warmup: int,
     device: torch.device,
@@ -33,15 +33,15 @@ def take_turns(
     with _garbage_collector_off():
         for index, (baseline, variant) in enumerate(turns):
             if index % 2:
-                variant_s, baseline_s = seconds_of(variant, device), seconds_of(baseline, device)
+                variant_s, baseline_s = time_call(variant, device), time_call(baseline, device)
             else:
-                baseline_s, variant_s = seconds_of(baseline, device), seconds_of(variant, device)
+                baseline_s, variant_s = time_call(baseline, device), time_call(variant, device)
             step()
             if index >= warmup:
                 yield baseline_s, variant_s
 
 
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+def time_call(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call: by the monotonic clock on a CPU, by CUDA events on a GPU."""
     if device.type != "cuda":
         start = time.perf_counter()
@@ -87,7 +87,7 @@ def _garbage_collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def release_memory() -> None:
+def release_model_memory() -> None:
     """Return freed memory to the system, so that the next model fits."""
     gc.collect()
     if torch.cuda.is_available():

@@ -16,7 +16,7 @@ _COUNTED_S = 2.0
 
 
 @dataclass(frozen=True)
-class Meter:
+class EnergyMeter:
     """A counter of the energy of one device.
 
     Attributes:
@@ -44,18 +44,18 @@ class Meter:
         return (self.joules() - before) / n
 
 
-def meter(device: torch.device) -> Meter:
+def open_energy_meter(device: torch.device) -> EnergyMeter:
     """The energy counter of a device.
 
     NVML finds the device by its UUID, because NVML numbers GPUs in another order than torch, and
     also numbers GPUs that CUDA_VISIBLE_DEVICES hides.
     """
     if device.type != "cuda" or torch.version.cuda is None:
-        return Meter(None, f"energy is counted on NVIDIA GPUs only, this is a {device.type}")
+        return EnergyMeter(None, f"energy is counted on NVIDIA GPUs only, this is a {device.type}")
     try:
         import pynvml
     except ImportError:
-        return Meter(
+        return EnergyMeter(
             None, 'energy needs nvidia-ml-py, which is not installed: pip install "gteopt[energy]"'
         )
     uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -70,5 +70,5 @@ def meter(device: torch.device) -> Meter:
 
         joules()  # fails on older GPUs and on slices of a GPU (MIG), which have no counter
     except pynvml.NVMLError as error:
-        return Meter(None, f"NVML counts no energy of {name}: {error}")
-    return Meter(joules, "NVML's total energy of the whole GPU, idle power included")
+        return EnergyMeter(None, f"NVML counts no energy of {name}: {error}")
+    return EnergyMeter(joules, "NVML's total energy of the whole GPU, idle power included")

@@ -15,7 +15,7 @@ from gteopt.config.recipe import LayerScheme
 from gteopt.kernels import make_linear
 from gteopt.kernels.cpu import Int8LinearCpu
 from gteopt.quant.affine import pack, quantize_rtn
-from gteopt.speed.clock import seconds_of
+from gteopt.speed.clock import time_call
 
 
 def peak_gflops(device: torch.device) -> dict[str, float]:
@@ -25,11 +25,11 @@ def peak_gflops(device: torch.device) -> dict[str, float]:
     peaks: dict[str, float] = {}
     if device.type == "cuda":
         for name, product in _short_products(n, device).items():
-            seconds_of(product, device)  # libraries load and choose their kernels
-            peaks[name] = 2 * n**3 / min(seconds_of(product, device) for _ in range(5)) / 1e9
+            time_call(product, device)  # libraries load and choose their kernels
+            peaks[name] = 2 * n**3 / min(time_call(product, device) for _ in range(5)) / 1e9
     for name, kind in kinds.items():
         x, w = (torch.randn(shape, device=device).to(kind) for shape in ((m, k), (n, k)))
-        seconds = [seconds_of(partial(nn.functional.linear, x, w), device) for _ in range(5)]
+        seconds = [time_call(partial(nn.functional.linear, x, w), device) for _ in range(5)]
         peaks[name] = 2 * m * k * n / min(seconds) / 1e9
     if device.type == "cpu":
         codes = quantize_rtn(torch.randn(n, k), _INT8)
@@ -38,7 +38,7 @@ def peak_gflops(device: torch.device) -> dict[str, float]:
             return peaks
         tokens = layer.quantize(torch.randn(m, k))
         seconds = [
-            seconds_of(partial(layer.multiply, tokens, torch.float32), device) for _ in "12345"
+            time_call(partial(layer.multiply, tokens, torch.float32), device) for _ in "12345"
         ]
         peaks["int8"] = 2 * m * k * n / min(seconds) / 1e9
     return peaks

@@ -54,26 +54,26 @@ from gteopt.encoder.description import (
     AskedBackend,
     RuntimeOptions,
     pick_device,
-    taken_backend,
+    resolve_backend,
 )
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load_checkpoint
-from gteopt.encoder.openvino import refuse_unknown
-from gteopt.errors import GteoptError, InputError, UnsupportedError, join_problems, suggest
-from gteopt.machine import machine, versions
+from gteopt.encoder.openvino import refuse_unknown_openvino
+from gteopt.errors import GteoptError, InputError, UnsupportedError, join_problems, suggest_names
+from gteopt.machine import describe_machine, read_library_versions
 from gteopt.model.checkpoint import Checkpoint, open_checkpoint
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
 from gteopt.speed.child_process import Footprint, FootprintQuestion, ask_child
-from gteopt.speed.clock import release_memory, take_turns
-from gteopt.speed.energy import meter
+from gteopt.speed.clock import release_model_memory, time_in_turns
+from gteopt.speed.energy import open_energy_meter
 from gteopt.speed.load import LoadMeter
 from gteopt.speed.peaks import peak_gflops
 from gteopt.speed.texts import exact_texts, text_lengths, workload_call
 
 
 class BenchOptions(TypedDict, total=False):
-    """Options of `bench`.
+    """Options of `run_bench_protocol`.
 
     Attributes:
         skip_too_long: skip workloads with texts longer than a model takes, instead of raising; the
@@ -92,13 +92,13 @@ class BenchOptions(TypedDict, total=False):
     hub_dir: Path | None
 
 
-def bench(
+def run_bench_protocol(
     sources: Mapping[str, str],
     *,
     baseline: str,
     spec: BenchSpec,
     keep: Callable[[BenchReport], object] = lambda report: None,
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
     **options: Unpack[BenchOptions],
 ) -> BenchReport:
     """Measure every variant side by side with the baseline; the module describes the protocol.
@@ -126,14 +126,14 @@ def bench(
     backend, skip = options.get("backend", "torch"), options.get("skip_too_long", False)
     kernels = options.get("kernels", "deterministic")
     pick_device(device)
-    checkpoints, spec = open_all(sources, baseline, spec, hub_dir, skip, backend)
+    checkpoints, spec = open_bench_models(sources, baseline, spec, hub_dir, skip, backend)
     order = [baseline, *(name for name in sources if name != baseline)]
     largest = max(spec.workloads, key=lambda workload: workload.batch_size * workload.tokens)
     runtimes = {baseline: RuntimeOptions(device, cuda_graphs=True)}
     reasons: dict[str, str | None] = {baseline: None}
     for name in order[1:]:
         asked = RuntimeOptions(device, backend=backend, kernels=kernels, cuda_graphs=True)
-        taken = taken_backend(checkpoints[name], asked)
+        taken = resolve_backend(checkpoints[name], asked)
         runtimes[name], reasons[name] = replace(asked, backend=taken.backend), taken.reason
     footprints: dict[str, Footprint] = {}
     for name in order:
@@ -159,7 +159,7 @@ def bench(
         measured = session.measure(name, encoder, footprints[name], progress)
         variants[name] = measured.model_copy(update={"backend_reason": reasons[name]})
         del encoder  # before the next one is loaded
-        release_memory()
+        release_model_memory()
         keep(session.report(variants))
     return session.report(variants)
 
@@ -170,13 +170,13 @@ def default_workloads(device: str) -> WorkloadSet:
     return "long" if on_gpu else "short"
 
 
-def fitting(spec: BenchSpec, max_tokens: int) -> BenchSpec:
+def drop_long_workloads(spec: BenchSpec, max_tokens: int) -> BenchSpec:
     """The spec without workloads whose texts have more than `max_tokens` tokens."""
     fits = tuple(workload for workload in spec.workloads if workload.longest <= max_tokens)
     return spec.model_copy(update={"workloads": fits})
 
 
-def open_all(
+def open_bench_models(
     sources: Mapping[str, str],
     baseline: str,
     spec: BenchSpec,
@@ -184,13 +184,17 @@ def open_all(
     skip_too_long: bool,
     backend: AskedBackend = "torch",
 ) -> tuple[dict[str, Checkpoint], BenchSpec]:
-    """Open the models, and keep the workloads that all of them can run; arguments as for `bench`.
+    """Open the models, and keep the workloads that all of them can run.
+
+    Arguments are those of `run_bench_protocol`.
 
     Raises:
-        InputError: see `bench`.
+        InputError: see `run_bench_protocol`.
     """
     if baseline not in sources:
-        raise InputError(f"the baseline '{baseline}' is not measured: {suggest(baseline, sources)}")
+        raise InputError(
+            f"the baseline '{baseline}' is not measured: {suggest_names(baseline, sources)}"
+        )
     checkpoints: dict[str, Checkpoint] = {}
     problems: list[str] = []
     for name, source in sources.items():
@@ -201,7 +205,7 @@ def open_all(
             continue
         if backend == "openvino" and name != baseline:
             try:
-                refuse_unknown(checkpoints[name].config)
+                refuse_unknown_openvino(checkpoints[name].config)
             except UnsupportedError as error:
                 problems.append(f"{name} ({source}): {error}")
         limit = checkpoints[name].max_tokens
@@ -216,7 +220,7 @@ def open_all(
             if workload.longest > limit and not skip_too_long
         ]
     shortest = min((checkpoint.max_tokens for checkpoint in checkpoints.values()), default=0)
-    fits = fitting(spec, shortest)
+    fits = drop_long_workloads(spec, shortest)
     if skip_too_long and checkpoints and not fits.workloads:
         problems.append(f"every workload is beyond the models' limit of {shortest} tokens")
     if problems:
@@ -225,7 +229,7 @@ def open_all(
 
 
 class _Session:
-    """One run of `bench`: the loaded baseline, the device's peaks and its energy counter."""
+    """One benchmark run: the loaded baseline, the device's peaks and its energy counter."""
 
     def __init__(
         self,
@@ -238,7 +242,10 @@ class _Session:
         """Measure the device's peaks, and start to count the load of other programs."""
         self._spec, self._baseline = spec, baseline
         self._reference, self._backend, self._kernels = reference, backend, kernels
-        self._peaks, self._meter = peak_gflops(reference.device), meter(reference.device)
+        self._peaks, self._meter = (
+            peak_gflops(reference.device),
+            open_energy_meter(reference.device),
+        )
         self._load = LoadMeter()
 
     def report(self, variants: Mapping[str, VariantBench]) -> BenchReport:
@@ -249,9 +256,9 @@ class _Session:
             variants=dict(variants),
             device=str(self._reference.device),
             n_threads=torch.get_num_threads(),
-            machine=machine(),
+            machine=describe_machine(),
             versions={
-                **versions(),
+                **read_library_versions(),
                 "baseline dtype": str(self._reference.dtype).removeprefix("torch."),
                 "backend": self._backend,
                 **({} if self._kernels == "deterministic" else {"kernels": self._kernels}),
@@ -306,7 +313,9 @@ class _Session:
             (_query(self._reference, baseline_text), _query(encoder, variant_text))
             for baseline_text, variant_text in pairs
         ]
-        seconds = [variant for _, variant in take_turns(turns, spec.warmup, encoder.device, step)]
+        seconds = [
+            variant for _, variant in time_in_turns(turns, spec.warmup, encoder.device, step)
+        ]
         p50, p95, p99 = np.percentile(seconds, [50, 95, 99]) * 1e3
         return LatencyRecord(
             tokens=spec.query_tokens,
@@ -324,7 +333,7 @@ class _Session:
         spec = self._spec
         turn = (workload_call(self._reference, workload), workload_call(encoder, workload))
         turns = [turn] * (spec.warmup + spec.repeats)
-        seconds = list(take_turns(turns, spec.warmup, encoder.device, step))
+        seconds = list(time_in_turns(turns, spec.warmup, encoder.device, step))
         batch_s = median(variant for _, variant in seconds)
         lengths = text_lengths(workload)
         ratios = tuple(baseline / variant for baseline, variant in seconds)

@@ -22,11 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gteopt.encoder.tokenization import import_transformers
-from gteopt.errors import InputError, UnsupportedError, suggest
+from gteopt.errors import InputError, UnsupportedError, suggest_names
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.model.families import FAMILIES, PUBLISHED
 from gteopt.paths import ASSETS
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 
 _CONFIGS = ASSETS / "configs"
 _DECODERS = ("qwen2", "qwen3", "mistral")
@@ -54,7 +54,7 @@ variant (int8, with the token table unquantized) and a batch. On disk it has the
 variants."""
 
 
-def shapes() -> dict[str, dict[str, Any]]:
+def read_model_shapes() -> dict[str, dict[str, Any]]:
     """`config.json` of the models whose shape ships with gteopt, by published name.
 
     Models of the same sizes share one file.
@@ -68,14 +68,14 @@ def shapes() -> dict[str, dict[str, Any]]:
     return shipped | shared
 
 
-def write_dummy(
+def write_random_model(
     base: str,
     folder: Path,
     *,
     n_layers: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
-    progress: Progress = quiet,
+    progress: Progress = ignore_progress,
 ) -> tuple[int, int]:
     """Write a model folder with random bfloat16 weights, one file for each block.
 
@@ -100,16 +100,16 @@ def write_dummy(
         InputError: the name is unknown, the model has fewer blocks, or memory or disk is too small.
         UnsupportedError: the architecture is not Qwen2, Qwen3 or Mistral.
     """
-    config, n_of_model = shape_of(base, n_layers)
+    config, n_of_model = shape_at_depth(base, n_layers)
     n = int(config["num_hidden_layers"])
     _check_room(base, config, n, n_of_model, folder.parent)
-    write_frame(config, folder)
+    write_model_frame(config, folder)
     generator = torch.Generator(device).manual_seed(seed)
     where: dict[str, str] = {}
     n_bytes = 0
     for part in range(n + 1):
         file = f"model-{part + 1:05d}-of-{n + 1:05d}.safetensors"
-        tensors = {name: weight.cpu() for name, weight in random_part(config, part, generator)}
+        tensors = {name: weight.cpu() for name, weight in random_block(config, part, generator)}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         where.update(dict.fromkeys(tensors, file))
         n_bytes += sum(weight.nbytes for weight in tensors.values())
@@ -119,10 +119,10 @@ def write_dummy(
     return n, n_of_model
 
 
-def shape_of(base: str, n_layers: int | None = None) -> tuple[dict[str, Any], int]:
+def shape_at_depth(base: str, n_layers: int | None = None) -> tuple[dict[str, Any], int]:
     """`config.json` of a shape with `n_layers` blocks, and how many blocks the model has.
 
-    Arguments and errors are those of `write_dummy`.
+    Arguments and errors are those of `write_random_model`.
     """
     config = _config(base)
     n_of_model = int(config["num_hidden_layers"])
@@ -134,7 +134,7 @@ def shape_of(base: str, n_layers: int | None = None) -> tuple[dict[str, Any], in
     return config, n_of_model
 
 
-def write_frame(config: Mapping[str, Any], folder: Path) -> None:
+def write_model_frame(config: Mapping[str, Any], folder: Path) -> None:
     """Write a model folder of a shape without weights; `folder` must not exist."""
     nano = open_checkpoint("nano")
     shutil.copytree(nano.folder, folder, ignore=shutil.ignore_patterns("*.safetensors", "LICENSE"))
@@ -146,7 +146,7 @@ def write_frame(config: Mapping[str, Any], folder: Path) -> None:
     pooling.write_text(json.dumps(settings))
 
 
-def write_published(name: str, config: Mapping[str, Any], folder: Path) -> None:
+def write_published_settings(name: str, config: Mapping[str, Any], folder: Path) -> None:
     """Write the settings of a published model's folder, for checks that need no weights.
 
     The tokenizer is gte-nano's, and weight files have a header only.
@@ -159,7 +159,7 @@ def write_published(name: str, config: Mapping[str, Any], folder: Path) -> None:
     published = PUBLISHED[name]
     family = FAMILIES[published.family] if published.family else None
     pooling = published.pooling or (family.pooling if family else None)
-    write_frame(config, folder)
+    write_model_frame(config, folder)
     for of_nano in ("sentence_bert_config.json", "README.md"):
         (folder / of_nano).unlink()
     tokenizer = folder / "tokenizer_config.json"
@@ -185,7 +185,7 @@ def write_published(name: str, config: Mapping[str, Any], folder: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**nested, "latent_attention_config": {}}))
         nested_sizes = {f"embedding_model.{part}": shape for part, shape in sizes.items()}
         sizes = {**nested_sizes, **_LATENT}
-    write_hole(sizes, folder / "model.safetensors")
+    write_sparse_weights(sizes, folder / "model.safetensors")
 
 
 def _write_modules(modules: Sequence[tuple[str, Mapping[str, Any]]], folder: Path) -> None:
@@ -203,7 +203,7 @@ def _write_modules(modules: Sequence[tuple[str, Mapping[str, Any]]], folder: Pat
                 json.dumps({**config, "activation_function": "torch.nn.modules.linear.Identity"})
             )
             shape = config["out_features"], config["in_features"]
-            write_hole({"linear.weight": shape}, folder / path / "model.safetensors")
+            write_sparse_weights({"linear.weight": shape}, folder / path / "model.safetensors")
     (folder / "modules.json").write_text(json.dumps(rows))
 
 
@@ -219,7 +219,7 @@ def _sizes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
-def write_hole(shapes: Mapping[str, Sequence[int]], path: Path) -> None:
+def write_sparse_weights(shapes: Mapping[str, Sequence[int]], path: Path) -> None:
     """Write a safetensors file of bfloat16 tensors whose numbers are a hole: it takes no disk."""
     header: dict[str, Any] = {}
     at = 0
@@ -233,10 +233,10 @@ def write_hole(shapes: Mapping[str, Sequence[int]], path: Path) -> None:
         file.truncate(8 + len(text) + at)
 
 
-def random_part(
+def random_block(
     config: Mapping[str, Any], part: int, generator: torch.Generator
 ) -> Iterator[tuple[str, Tensor]]:
-    """Names and bfloat16 weights of one block, as `write_dummy` draws them.
+    """Names and bfloat16 weights of one block, as `write_random_model` draws them.
 
     Args:
         config: config.json of the model.
@@ -249,7 +249,7 @@ def random_part(
 
 
 def _config(base: str) -> dict[str, Any]:
-    shipped = shapes()
+    shipped = read_model_shapes()
     name = base.rpartition("/")[2]
     file = Path(base) / "config.json"
     if file.is_file():
@@ -259,8 +259,8 @@ def _config(base: str) -> dict[str, Any]:
         config = shipped[name]
     else:
         raise InputError(
-            f"gteopt does not know the shape of '{base}': {suggest(name, shipped)}; or give a "
-            f"folder with its config.json"
+            f"gteopt does not know the shape of '{base}': {suggest_names(name, shipped)}; or give "
+            f"a folder with its config.json"
         )
     if config.get("model_type") not in _DECODERS:
         raise UnsupportedError(
@@ -274,9 +274,9 @@ def largest_depth(base: str, scratch: Path) -> int:
     """How many blocks of `base` fit into memory and onto the disk of `scratch`; at least 1.
 
     Raises:
-        InputError, UnsupportedError: see `write_dummy`.
+        InputError, UnsupportedError: see `write_random_model`.
     """
-    config, n_of_model = shape_of(base)
+    config, n_of_model = shape_at_depth(base)
     frame, block = _frame_and_block_bytes(config)
     fits = min(int((free / share - frame) // block) for _, share, free in _room(scratch))
     return max(1, min(n_of_model, fits))

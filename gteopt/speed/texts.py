@@ -9,12 +9,12 @@ import random
 from collections.abc import Callable
 
 from gteopt.config.plan import Workload
-from gteopt.encoder.description import Description
+from gteopt.encoder.description import EncoderDescription
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError, UnsupportedError
 
 
-def exact_texts(encoder: Description, n_texts: int, n_tokens: int, seed: int) -> list[str]:
+def exact_texts(encoder: EncoderDescription, n_texts: int, n_tokens: int, seed: int) -> list[str]:
     """Seeded texts of English words with exactly `n_tokens` tokens of this encoder's tokenizer.
 
     Raises:
@@ -25,7 +25,7 @@ def exact_texts(encoder: Description, n_texts: int, n_tokens: int, seed: int) ->
     return [_exact_text(encoder, n_tokens, source) for _ in range(n_texts)]
 
 
-def _exact_text(encoder: Description, n_tokens: int, source: random.Random) -> str:
+def _exact_text(encoder: EncoderDescription, n_tokens: int, source: random.Random) -> str:
     def count(words: list[str]) -> int:
         return encoder.tokenization.lengths([" ".join(words)])[0]
 

@@ -23,7 +23,7 @@ def shallow_depth(n_layers: int) -> int | None:
     return n_layers // 2 or None
 
 
-def extrapolate(
+def extrapolate_whole_model(
     deep: BenchReport, shallow: BenchReport, depths: tuple[int, int], n_layers: int
 ) -> dict[str, WholeModelEstimate]:
     """Time and bytes of each variant of the whole model, on the line through two depths.

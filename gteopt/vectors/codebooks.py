@@ -203,7 +203,7 @@ def normal_levels(bits: int) -> Doubles:
 
 
 @lru_cache
-def distortion(bits: int) -> float:
+def normal_distortion(bits: int) -> float:
     """Mean squared error of `normal_levels` on N(0, 1); 1 for no bits."""
     from scipy.stats import norm
 
@@ -218,4 +218,4 @@ def _gain(bits: int) -> float:
     if bits not in _MORE_BITS:
         return 0.0
     wider = _MORE_BITS[bits]
-    return (distortion(bits) - distortion(wider)) / (wider - bits)
+    return (normal_distortion(bits) - normal_distortion(wider)) / (wider - bits)

@@ -50,7 +50,7 @@ class Code(Protocol):
 
 
 @dataclass(frozen=True)
-class Float32:
+class Float32Code:
     """Vectors as they are."""
 
     dims: int
@@ -75,7 +75,7 @@ class Float32:
 
 
 @dataclass(frozen=True, eq=False)
-class Scalar:
+class ScalarCode:
     """int8 and int4: even levels by dimension.
 
     code = clip(round((2^B - 1) (z - low) / (high - low)), 0, 2^B - 1), so a value out of range
@@ -129,7 +129,7 @@ class Scalar:
 
 
 @dataclass(frozen=True, eq=False)
-class Binary:
+class BinaryCode:
     """Signs, eight a byte, first dimension in the highest bit (`np.packbits`).
 
     Attributes:

@@ -14,7 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gteopt.errors import UnsupportedError
-from gteopt.vectors.codes import Binary, Code, Codes, Float32, Floats, ProductQuantizer, Scalar
+from gteopt.vectors.codes import (
+    BinaryCode,
+    Code,
+    Codes,
+    Float32Code,
+    Floats,
+    ProductQuantizer,
+    ScalarCode,
+)
 from gteopt.vectors.transform import VectorTransform
 
 WITH_COUNTERPART = ("float32", "int8", "int4", "binary", "pq")
@@ -85,7 +93,7 @@ def _steps(transform: VectorTransform, coding: Code, of_base: bool) -> list[Any]
         placed = np.zeros((_width(coding, transform.dims), transform.dims), np.float32)
         placed[coding.places, np.arange(transform.dims)] = 1
         steps.append(_linear(placed))
-    if isinstance(coding, Binary) and coding.low is not None:
+    if isinstance(coding, BinaryCode) and coding.low is not None:
         steps.append(_linear(np.eye(transform.dims, dtype=np.float32), -coding.threshold))
     return steps
 
@@ -107,7 +115,7 @@ def _stored(coding: Code, width: int) -> Any:
     import faiss
 
     match coding:
-        case Scalar():
+        case ScalarCode():
             kind = (
                 faiss.ScalarQuantizer.QT_8bit
                 if coding.bits == 8
@@ -120,7 +128,7 @@ def _stored(coding: Code, width: int) -> Any:
             faiss.copy_array_to_vector(np.concatenate([low, spread]), scalar.sq.trained)
             scalar.is_trained = True
             return scalar
-        case Binary():
+        case BinaryCode():
             return faiss.IndexLSH(width, width, False, False)
         case ProductQuantizer():
             n_groups = len(coding.codebook)
@@ -133,11 +141,11 @@ def _stored(coding: Code, width: int) -> Any:
 
 def _faiss_codes(coding: Code, codes: Codes) -> npt.NDArray[np.uint8]:
     """The bytes [N, B] that faiss stores for the same codes."""
-    if isinstance(coding, Float32):
+    if isinstance(coding, Float32Code):
         return codes.view(np.uint8)
-    if isinstance(coding, Scalar) and coding.bits == 8:
+    if isinstance(coding, ScalarCode) and coding.bits == 8:
         return (codes.astype(np.int16) + 128).astype(np.uint8)
-    if isinstance(coding, Binary):
+    if isinstance(coding, BinaryCode):
         bits = np.unpackbits(codes, axis=1, count=coding.dims)
         return np.packbits(bits, axis=1, bitorder="little")
     return codes

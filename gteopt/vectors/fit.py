@@ -19,8 +19,8 @@ from gteopt.errors import InputError
 from gteopt.records.manifest import CodeTrial, Similarity
 from gteopt.vectors.codebooks import fit_codebook
 from gteopt.vectors.codes import code_bytes
-from gteopt.vectors.search import search
-from gteopt.vectors.transform import Floats, VectorTransform, checked_rows, identity
+from gteopt.vectors.search import search_vectors
+from gteopt.vectors.transform import Floats, VectorTransform, checked_rows, identity_transform
 
 _MIN_RANGE_VECTORS = 16
 _FOLDS = 4
@@ -44,7 +44,7 @@ _WAYS: dict[DimsMethod, tuple[_Way, ...]] = {
 """The ways that a method chooses among; the first of equally good ways wins."""
 
 
-def fit(
+def fit_vector_transform(
     x: npt.ArrayLike, dims: Dims | None, vectors: Vectors, *, similarity: Similarity = "cosine"
 ) -> VectorTransform:
     """Fit projection and code on calibration vectors.
@@ -72,7 +72,7 @@ def fit(
     if vectors.bytes is not None:
         return _fit_bytes(rows, vectors, vectors.bytes, similarity)
     if dims is None:
-        return _coded(identity(rows.shape[1], similarity=similarity), rows, vectors)
+        return _coded(identity_transform(rows.shape[1], similarity=similarity), rows, vectors)
     ways = _ways(rows, dims, vectors)
     if len(ways) == 1:
         return _shortened(_Basis(rows), dims.n, ways[0], vectors, similarity)
@@ -86,7 +86,7 @@ def fit(
     return replace(chosen, neighbours_kept=dict(zip(ways, kept, strict=True)))
 
 
-def check_bytes(full_dims: int, n_bytes: int) -> None:
+def check_vector_bytes(full_dims: int, n_bytes: int) -> None:
     """Refuse a size that no code of vectors with F dimensions has.
 
     Every size up to F bytes has a code. Above F bytes, only float32 of all dimensions is left.
@@ -335,9 +335,9 @@ def _fit_bytes(
         InputError: too few vectors to choose by, or no code has that many bytes.
     """
     n, full_dims = rows.shape
-    check_bytes(full_dims, n_bytes)
+    check_vector_bytes(full_dims, n_bytes)
     if n_bytes == 4 * full_dims:
-        return identity(full_dims, similarity=similarity)
+        return identity_transform(full_dims, similarity=similarity)
     n_held_out = len(rows[::_FOLDS])
     if n_held_out < _MIN_HELD_OUT:
         raise InputError(
@@ -401,7 +401,7 @@ def _neighbours_kept(rows: Floats, fits: Sequence[_Fit], similarity: Similarity)
     coarse.
     """
     kept: list[list[float]] = [[] for _ in fits]
-    exact = identity(rows.shape[1], similarity=similarity)
+    exact = identity_transform(rows.shape[1], similarity=similarity)
     for start in range(_FOLDS):
         held_out = rows[start::_FOLDS]
         basis = _Basis(np.delete(rows, np.s_[start::_FOLDS], axis=0))
@@ -421,5 +421,5 @@ def _neighbours_kept(rows: Floats, fits: Sequence[_Fit], similarity: Similarity)
 def _nearest_others(transform: VectorTransform, rows: Floats, k: int) -> list[npt.NDArray[np.intp]]:
     """The k nearest other rows of each of `rows` [N, F], by their stored codes."""
     z = transform.project(rows)
-    nearest, _ = search(transform, z, transform.quantize(z), k + 1)
+    nearest, _ = search_vectors(transform, z, transform.quantize(z), k + 1)
     return [neighbours[neighbours != i][:k] for i, neighbours in enumerate(nearest)]

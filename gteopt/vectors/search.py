@@ -13,7 +13,7 @@ import numpy.typing as npt
 from gteopt.errors import InputError
 from gteopt.vectors.transform import Codes, Floats, VectorTransform, checked_rows, paired_dot
 
-Products = Callable[[Floats], Callable[[Floats], Floats]]
+DotProducts = Callable[[Floats], Callable[[Floats], Floats]]
 """Takes stored vectors [N, D] and returns a function from queries [Q, D] to dot products [Q, N],
 which are summed in float32 or better. An implementation chooses the device and the method."""
 
@@ -24,13 +24,13 @@ _BLOCK_PAIRS = 1 << 7  # a few megabytes in float64, which fit a core's cache
 _PAIR_COST = 32
 
 
-def on_cpu(stored: Floats) -> Callable[[Floats], Floats]:
-    """`Products` that numpy computes on the CPU."""
+def numpy_products(stored: Floats) -> Callable[[Floats], Floats]:
+    """`DotProducts` that numpy computes on the CPU."""
     columns = stored.T
     return lambda queries: queries @ columns
 
 
-def search(
+def search_vectors(
     transform: VectorTransform, queries: npt.ArrayLike, codes: Codes, k: int
 ) -> tuple[npt.NDArray[np.intp], Floats]:
     """The k best stored vectors of each query, best first; ties in order of their index.
@@ -61,13 +61,13 @@ def search(
         >>> codes = transform.quantize(transform.project(document_vectors))
         >>> indices, scores = search(transform, transform.project(query_vectors), codes, k=10)
     """
-    running = Search(transform, queries, k)
+    running = BlockwiseSearch(transform, queries, k)
     running.add(codes)
     return running.nearest()
 
 
-class Search:
-    """`search` over stored vectors that are added block by block.
+class BlockwiseSearch:
+    """`search_vectors` over stored vectors that are added block by block.
 
     Only the candidates of each query are kept between blocks, so a corpus need not fit into memory.
     The sizes of the blocks do not change the result.
@@ -87,7 +87,7 @@ class Search:
         transform: VectorTransform,
         queries: npt.ArrayLike,
         k: int,
-        products: Products = on_cpu,
+        products: DotProducts = numpy_products,
     ) -> None:
         """Search for the k best of each projected query [Q, D].
 
@@ -126,7 +126,7 @@ class Search:
             self._add_block(codes[start : start + _BLOCK_VECTORS])
 
     def nearest(self) -> tuple[npt.NDArray[np.intp], Floats]:
-        """Indices and scores, both [Q, min(k, N)], as `search` returns them."""
+        """Indices and scores, both [Q, min(k, N)], as `search_vectors` returns them."""
         indices, scores = self._indices, self._scores
         if self._transform.rescores:
             order = np.argsort(indices, axis=1)
@@ -220,7 +220,7 @@ def _norms(rows: Floats) -> npt.NDArray[np.float64]:
 
 
 def _product_error(norms: npt.NDArray[np.float64], dims: int) -> npt.NDArray[np.float64]:
-    """A bound on |float32 product - score| if |x| |y| is at most `norms`; see `Search`.
+    """A bound on |float32 product - score| if |x| |y| is at most `norms`; see `BlockwiseSearch`.
 
     The bound uses gamma of `dims` + 2, because scores and norms are rounded to float32 too. It also
     covers terms that underflow. It is infinite where a sum might overflow.

@@ -24,18 +24,18 @@ from gteopt.config.recipe import VectorCode
 from gteopt.errors import InputError, IntegrityError, NumericsError, join_problems
 from gteopt.records.manifest import CodeTrial, Similarity, VectorRecord
 from gteopt.vectors.codes import (
-    Binary,
+    BinaryCode,
     Code,
     Codes,
-    Float32,
+    Float32Code,
     Floats,
     ProductQuantizer,
     RaBitQ,
-    Scalar,
+    ScalarCode,
     code_bytes,
 )
 
-__all__ = ["Codes", "Floats", "VectorTransform", "checked_rows", "identity", "paired_dot"]
+__all__ = ["Codes", "Floats", "VectorTransform", "checked_rows", "identity_transform", "paired_dot"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class VectorTransform:
     Attributes:
         similarity: "cosine" if projected rows are normalised again. "dot" if they keep their
             length, which brings their dot products closer to the model's cosines.
-        rescore: `search` fetches `rescore * k` candidates by codes and reorders them.
+        rescore: `search_vectors` fetches `rescore * k` candidates by codes and reorders them.
         explained_variance_ratio: share of the calibration vectors' variance that a PCA keeps.
         rotated: whether the code rotated the kept dimensions; float dot products are the same.
         neighbours_kept: share of neighbours kept by each compared way of shortening; None if there
@@ -94,13 +94,13 @@ class VectorTransform:
         """The code with its fitted values."""
         match self.code:
             case "float32":
-                return Float32(self.dims)
+                return Float32Code(self.dims)
             case "int8" | "int4":
                 assert self.low is not None
                 assert self.high is not None
-                return Scalar(8 if self.code == "int8" else 4, self.low, self.high)
+                return ScalarCode(8 if self.code == "int8" else 4, self.low, self.high)
             case "binary":
-                return Binary(self.dims, self.low, self.high)
+                return BinaryCode(self.dims, self.low, self.high)
             case "rabitq":
                 assert self.bits is not None
                 assert self.centre is not None
@@ -183,7 +183,7 @@ class VectorTransform:
         return by_code, rescored
 
     def best_of(self, by_code: Floats, rescored: Floats, k: int) -> npt.NDArray[np.intp]:
-        """Indices [min(k, N)] of the best pairs that `score_pairs` scored, in `search`'s order."""
+        """Indices [min(k, N)] of the best pairs that `score_pairs` scored, best first."""
         candidates = np.argsort(-by_code, kind="stable")[: self.n_candidates(k)]
         candidates.sort()
         order = np.argsort(-rescored[candidates], kind="stable")
@@ -348,7 +348,7 @@ def _tensor_problems(
     return problems
 
 
-def identity(
+def identity_transform(
     full_dims: int, *, kept: int | None = None, similarity: Similarity = "cosine"
 ) -> VectorTransform:
     """The transform that stores float32 of all dimensions, or of the first `kept`."""

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import gteopt
 from gteopt.build import estimate
-from gteopt.build.calibration_texts import draw_texts
+from gteopt.build.calibration_texts import draw_calibration_texts
 from gteopt.build.layer_plan import plan_layers
 from gteopt.commands.inspect import inspect
 from gteopt.config.recipe import (
@@ -200,7 +200,11 @@ def test_int8_static_stays_close_in_a_script_that_no_calibration_text_is_in(
     folder: Path, tmp_path: Path
 ) -> None:
     """Ranges of the texts alone were off by 0.12 here."""
-    texts = [text for text in draw_texts(Calibration()) if text.kind in ("en", "fr", "de", "es")]
+    texts = [
+        text
+        for text in draw_calibration_texts(Calibration())
+        if text.kind in ("en", "fr", "de", "es")
+    ]
     file = tmp_path / "latin.jsonl"
     rows = [{"text": text.text, "role": text.role, "kind": text.kind} for text in texts]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -209,7 +213,9 @@ def test_int8_static_stays_close_in_a_script_that_no_calibration_text_is_in(
     manifest = gteopt.quantize("nano", recipe, folder / "latin")
     assert manifest.calibration is not None
     assert (manifest.calibration.n_texts, manifest.calibration.n_random) == (96, 24)
-    chinese = [text.text for text in draw_texts(Calibration()) if text.kind == "zh"][:40]
+    chinese = [text.text for text in draw_calibration_texts(Calibration()) if text.kind == "zh"][
+        :40
+    ]
     exact = gteopt.load("nano").encode(chinese)
     assert mean_cosine(exact, gteopt.load(folder / "latin").encode(chinese)) > 0.998
 
@@ -507,7 +513,7 @@ def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
         monkeypatch.setattr(
             estimate, "emulates_bfloat16", lambda device, emulates=emulated: emulates
         )
-        (predicted,) = estimate.estimate(open_checkpoint(folder), [recipe])
+        (predicted,) = estimate.estimate_builds(open_checkpoint(folder), [recipe])
         assert predicted.build_bytes == pytest.approx(row["predicted_bytes"], rel=1e-3)
         measured = row["peak_bytes"] - row["imports_bytes"]
         assert predicted.build_bytes == pytest.approx(measured, rel=0.15)
@@ -532,7 +538,7 @@ def test_a_gpus_memory_is_predicted_apart_from_the_hosts(monkeypatch: pytest.Mon
     few = whole.calibration.model_copy(update={"n_texts": whole.calibration.n_texts // 2})
     half = whole.model_copy(update={"calibration": few})
     for device in ("cpu", "cuda"):
-        most, less = estimate.estimate(checkpoint, [whole, half], device=device)
+        most, less = estimate.estimate_builds(checkpoint, [whole, half], device=device)
         assert most.build_bytes is not None
         assert less.build_bytes is not None
         if device == "cpu":
@@ -574,7 +580,10 @@ def test_compensation_brings_vectors_closer_and_survives_a_kill(tmp_path: Path) 
     ).read_bytes()
 
     gteopt.quantize("nano", recipe(), tmp_path / "plain", dtype="float32")
-    texts = [drawn.text for drawn in draw_texts(Calibration(n_texts=300, max_tokens=64))[200:]]
+    texts = [
+        drawn.text
+        for drawn in draw_calibration_texts(Calibration(n_texts=300, max_tokens=64))[200:]
+    ]
     wanted = gteopt.load("nano", dtype="float32").embed(texts)
     compensated, plain = (
         float(1 - (gteopt.load(tmp_path / name).embed(texts) * wanted).sum(axis=1).mean())

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from gteopt.build.calibration_texts import draw_texts
+from gteopt.build.calibration_texts import draw_calibration_texts
 from gteopt.config.recipe import Calibration
 from gteopt.paths import ASSETS
 from tests.model.test_vocabularies import qwen_tokenizer
@@ -67,7 +67,7 @@ def test_every_text_says_where_it_is_from_under_a_license_that_allows_to_ship_it
 
 def test_a_draw_of_the_default_size_holds_every_kind() -> None:
     kinds = {row["text"]: row["kind"] for row in rows()}
-    drawn = Counter(kinds[text.text] for text in draw_texts(Calibration()))
+    drawn = Counter(kinds[text.text] for text in draw_calibration_texts(Calibration()))
     assert set(drawn) == {"query", "sentence", "document", "long", "code"}
     assert min(drawn.values()) >= 10
 

@@ -12,15 +12,15 @@ from torch import nn
 import gteopt
 from gteopt.build.calibration_texts import (
     CalibrationText,
-    draw_texts,
-    n_random_texts,
-    number_kinds,
-    random_texts,
-    record,
-    tokenize,
-    with_sentences,
+    add_document_sentences,
+    count_random_texts,
+    draw_calibration_texts,
+    draw_random_texts,
+    number_text_kinds,
+    record_calibration,
+    tokenize_calibration,
 )
-from gteopt.build.replay import accumulate_hessian, advance_, open_blocks, running_order
+from gteopt.build.replay import accumulate_hessian, open_blocks, order_block_layers, replay_block_
 from gteopt.config.recipe import Calibration, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
@@ -39,7 +39,7 @@ def minilm() -> Encoder:
 
 
 def test_the_builtin_set_has_both_roles_and_texts_without_latin_letters() -> None:
-    texts = draw_texts(Calibration(n_texts=10_000))
+    texts = draw_calibration_texts(Calibration(n_texts=10_000))
     assert len(texts) >= 256
     queries = [text for text in texts if text.role == "query"]
     assert 0.2 < len(queries) / len(texts) < 0.6
@@ -54,11 +54,13 @@ def test_the_builtin_set_has_both_roles_and_texts_without_latin_letters() -> Non
 
 def test_drawing_is_seeded_and_the_hash_tells_draws_apart(nano: Encoder) -> None:
     spec = Calibration(n_texts=32)
-    first, again = draw_texts(spec), draw_texts(spec)
-    other = draw_texts(Calibration(n_texts=32, seed=1))
+    first, again = draw_calibration_texts(spec), draw_calibration_texts(spec)
+    other = draw_calibration_texts(Calibration(n_texts=32, seed=1))
     assert first == again != other
-    tokens = tokenize(nano.tokenization, first, 512)
-    drawn = [record(spec, texts, tokens, longest=512) for texts in (first, again, other)]
+    tokens = tokenize_calibration(nano.tokenization, first, 512)
+    drawn = [
+        record_calibration(spec, texts, tokens, longest=512) for texts in (first, again, other)
+    ]
     assert drawn[0].sha256 == drawn[1].sha256 != drawn[2].sha256
 
 
@@ -66,8 +68,8 @@ def test_texts_cut_at_the_recipes_length_are_counted(nano: Encoder) -> None:
     texts = [CalibrationText("bridge " * n) for n in (1, 30, 60, 90)]
     lengths = nano.tokenization.lengths([text.text for text in texts])
     for max_tokens in (4, lengths[1], lengths[2] - 1, lengths[3]):
-        tokens = tokenize(nano.tokenization, texts, max_tokens)
-        recorded = record(Calibration(), texts, tokens, longest=512)
+        tokens = tokenize_calibration(nano.tokenization, texts, max_tokens)
+        recorded = record_calibration(Calibration(), texts, tokens, longest=512)
         assert recorded.n_cut == sum(n > max_tokens for n in lengths)
 
 
@@ -75,9 +77,9 @@ def test_texts_cut_at_the_models_length_are_told_once_and_with_that_length(
     nano: Encoder, recwarn: pytest.WarningsRecorder
 ) -> None:
     texts = [CalibrationText("bridge " * 3000)]
-    tokens = tokenize(nano.tokenization, texts, 4096)
+    tokens = tokenize_calibration(nano.tokenization, texts, 4096)
     longest = nano.tokenization.max_tokens
-    recorded = record(Calibration(max_tokens=4096), texts, tokens, longest=longest)
+    recorded = record_calibration(Calibration(max_tokens=4096), texts, tokens, longest=longest)
     assert (recorded.max_tokens, recorded.n_cut, len(tokens[0])) == (longest, 1, longest)
     assert not recwarn.list  # the record says so
 
@@ -87,8 +89,8 @@ def test_calibration_sees_prompt_and_end_token_as_the_encoder_does(nano: Encoder
     expected = nano.tokenization.tokenize(
         ["how tall is it"], role="query", instruction="Find the height"
     )
-    assert tokenize(nano.tokenization, [text], 512) == expected
-    cut = tokenize(nano.tokenization, [CalibrationText("word " * 600)], 64)[0]
+    assert tokenize_calibration(nano.tokenization, [text], 512) == expected
+    cut = tokenize_calibration(nano.tokenization, [CalibrationText("word " * 600)], 64)[0]
     assert (len(cut), cut[-1]) == (64, expected[0][-1])
 
 
@@ -97,10 +99,12 @@ def test_replayed_blocks_give_the_models_own_output(
     name: str, request: pytest.FixtureRequest
 ) -> None:
     encoder: Encoder = request.getfixturevalue(name)
-    tokens = tokenize(encoder.tokenization, draw_texts(Calibration(n_texts=24)), 128)
+    tokens = tokenize_calibration(
+        encoder.tokenization, draw_calibration_texts(Calibration(n_texts=24)), 128
+    )
     blocks, inputs = open_blocks(encoder, tokens)
     for block in blocks:
-        advance_(block, inputs)
+        replay_block_(block, inputs)
     ordered = sorted(tokens, key=len)
     position = 0
     for batch in inputs:
@@ -114,9 +118,13 @@ def test_replayed_blocks_give_the_models_own_output(
 
 
 def test_layers_that_share_an_input_stand_in_one_stage_in_running_order(nano: Encoder) -> None:
-    tokens = tokenize(nano.tokenization, draw_texts(Calibration(n_texts=4)), 64)
+    tokens = tokenize_calibration(
+        nano.tokenization, draw_calibration_texts(Calibration(n_texts=4)), 64
+    )
     blocks, inputs = open_blocks(nano, tokens)
-    short = [[n.rsplit(".", maxsplit=1)[-1] for n in s] for s in running_order(blocks[1], inputs)]
+    short = [
+        [n.rsplit(".", maxsplit=1)[-1] for n in s] for s in order_block_layers(blocks[1], inputs)
+    ]
     assert short == [
         ["q_proj", "k_proj", "v_proj"],
         ["o_proj"],
@@ -127,7 +135,9 @@ def test_layers_that_share_an_input_stand_in_one_stage_in_running_order(nano: En
 
 def test_padding_never_counts(nano: Encoder) -> None:
     """The oracle encodes each text alone, without padding."""
-    tokens = tokenize(nano.tokenization, draw_texts(Calibration(n_texts=16)), 96)
+    tokens = tokenize_calibration(
+        nano.tokenization, draw_calibration_texts(Calibration(n_texts=16)), 96
+    )
     blocks, inputs = open_blocks(nano, tokens)
     assert any(not bool(batch.real.all()) for batch in inputs)
     layer = f"{blocks[0].name}.mlp.gate_proj"
@@ -153,7 +163,7 @@ def test_padding_never_counts(nano: Encoder) -> None:
 
 def test_sentences_are_added_to_passages_only() -> None:
     texts = [CalibrationText("One. Two! 三。四。"), CalibrationText("q. r.", "query", "Find")]
-    assert [text.text for text in with_sentences(texts)] == [
+    assert [text.text for text in add_document_sentences(texts)] == [
         "One. Two! 三。四。", "q. r.", "One.", "Two!", "三。", "四。",
     ]  # fmt: skip
 
@@ -166,16 +176,16 @@ def test_users_texts_are_read_from_jsonl_csv_txt_and_data_sets(
     (tmp_path / "a.jsonl").write_text(
         '{"body": "find me", "role": "query", "instruction": "Find"}\n{"body": "here"}\n'
     )
-    assert {t.text for t in draw_texts(Calibration(texts=str(tmp_path / "a.txt")))} == {
+    assert {t.text for t in draw_calibration_texts(Calibration(texts=str(tmp_path / "a.txt")))} == {
         "first",
         "second",
     }
-    csv = draw_texts(Calibration(texts=str(tmp_path / "a.csv"), column="body"))
+    csv = draw_calibration_texts(Calibration(texts=str(tmp_path / "a.csv"), column="body"))
     assert {t.text for t in csv} == {"first", "second, with comma"}
-    jsonl = draw_texts(Calibration(texts=str(tmp_path / "a.jsonl"), column="body"))
+    jsonl = draw_calibration_texts(Calibration(texts=str(tmp_path / "a.jsonl"), column="body"))
     assert set(jsonl) == {CalibrationText("find me", "query", "Find"), CalibrationText("here")}
     spec = Calibration(texts="mteb/stsbenchmark-sts", column="sentence1", n_texts=256)
-    assert len(draw_texts(spec, hub_dir=shared / "hub")) == 256
+    assert len(draw_calibration_texts(spec, hub_dir=shared / "hub")) == 256
 
 
 @pytest.mark.parametrize(
@@ -196,38 +206,44 @@ def test_bad_calibration_files_are_explained(
 ) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=message):
-        draw_texts(Calibration(texts=str(tmp_path / name)))
+        draw_calibration_texts(Calibration(texts=str(tmp_path / name)))
 
 
 def test_a_missing_source_says_what_would_work(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
-        draw_texts(Calibration(texts=str(tmp_path / "none.jsonl")))
+        draw_calibration_texts(Calibration(texts=str(tmp_path / "none.jsonl")))
     with pytest.raises(InputError, match="neither 'builtin'"):
-        draw_texts(Calibration(texts="bultin"))
+        draw_calibration_texts(Calibration(texts="bultin"))
     with pytest.raises(InputError, match="hf download --repo-type dataset a/b"):
-        draw_texts(Calibration(texts="a/b"), hub_dir=tmp_path)
+        draw_calibration_texts(Calibration(texts="a/b"), hub_dir=tmp_path)
 
 
 def test_random_texts_reach_the_whole_vocabulary_and_hold_no_special_token(nano: Encoder) -> None:
     recipe = load_recipe("int8-static")
-    texts = random_texts(recipe, nano.tokenization)
-    assert texts == random_texts(recipe, nano.tokenization)
-    assert len(texts) == n_random_texts(recipe) == 24
+    texts = draw_random_texts(recipe, nano.tokenization)
+    assert texts == draw_random_texts(recipe, nano.tokenization)
+    assert len(texts) == count_random_texts(recipe) == 24
     tokenizer = nano.tokenization.tokenizer
     encoded = tokenizer([text.text for text in texts], add_special_tokens=False)["input_ids"]
     ids = [i for of_text in encoded for i in of_text]
     assert not set(ids) & (set(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
     shares = torch.tensor(ids).float().histc(4, 0, len(tokenizer)) / len(ids)
     assert bool((shares > 0.1).all())
-    assert n_random_texts(load_recipe("gptq-int4")) == 0
+    assert count_random_texts(load_recipe("gptq-int4")) == 0
     calibration = recipe.calibration.model_copy(update={"random_texts": 3})
     fewer = recipe.model_copy(update={"calibration": calibration})
-    assert len(random_texts(fewer, nano.tokenization)) == 3
+    assert len(draw_random_texts(fewer, nano.tokenization)) == 3
 
 
 def test_kinds_are_numbered_by_name_and_one_kind_is_dealt_into_parts() -> None:
     texts = [CalibrationText(f"text {i}", kind=kind) for i, kind in enumerate("abacc")]
-    assert number_kinds(texts) == [0, 1, 0, 2, 2]
+    assert number_text_kinds(texts) == [0, 1, 0, 2, 2]
     alike = [CalibrationText(f"text {i}") for i in range(9)]
-    assert len(set(number_kinds(alike))) > 1
-    assert {text.kind for text in draw_texts(Calibration())} >= {"en", "zh", "pl", "fr", "code"}
+    assert len(set(number_text_kinds(alike))) > 1
+    assert {text.kind for text in draw_calibration_texts(Calibration())} >= {
+        "en",
+        "zh",
+        "pl",
+        "fr",
+        "code",
+    }

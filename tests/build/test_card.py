@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from typer.testing import CliRunner
 
 import gteopt
-from gteopt.build.card import card
+from gteopt.build.card import render_card
 from gteopt.cli.app import app
 from gteopt.config.recipe import FormatName, LayerScheme, Recipe, load_recipe
 from gteopt.model.artifact import artifact_sha256, read_manifest
@@ -57,7 +57,7 @@ def text_of(folder: Path) -> str:
 @pytest.mark.parametrize("name", ["bf16", "rtn-int4", "mine"])
 def test_the_card_follows_from_the_artifact_and_names_no_path(folder: Path, name: str) -> None:
     artifact = folder / name
-    assert text_of(artifact) == card(read_manifest(artifact), open_checkpoint(artifact))
+    assert text_of(artifact) == render_card(read_manifest(artifact), open_checkpoint(artifact))
     assert str(folder) not in text_of(artifact)
     assert "README.md" in {file.path for file in read_manifest(artifact).files}
 
@@ -75,7 +75,7 @@ def test_a_hub_base_is_named_with_the_relation_to_it(folder: Path) -> None:
     manifest = read_manifest(folder / "rtn-int4")
     base = manifest.base.model_copy(update={"id": "Alibaba-NLP/gte-Qwen2-7B-instruct"})
     manifest = manifest.model_copy(update={"base": base})
-    data = metadata(card(manifest, open_checkpoint("nano")))
+    data = metadata(render_card(manifest, open_checkpoint("nano")))
     assert data["base_model"] == "Alibaba-NLP/gte-Qwen2-7B-instruct"
     assert data["base_model_relation"] == "quantized"
 
@@ -108,7 +108,7 @@ def test_flags_that_change_a_shipped_recipe_stand_in_the_command(folder: Path) -
         (best.with_int8_embedding(), "--effort best --embed-int8"),
         (best.with_format("compressed-tensors"), "--effort best --format compressed-tensors"),
     ):
-        text = card(manifest.model_copy(update={"recipe": recipe}), open_checkpoint("nano"))
+        text = render_card(manifest.model_copy(update={"recipe": recipe}), open_checkpoint("nano"))
         assert f"--recipe gptq-int4 {flags} --out FOLDER" in text
 
 
@@ -138,7 +138,7 @@ def test_servers_are_named_for_what_their_kernels_read(
         for i, layer in enumerate(made.layers)
     )
     manifest = made.model_copy(update={"format": format, "layers": layers})
-    text = card(manifest, open_checkpoint("nano"))
+    text = render_card(manifest, open_checkpoint("nano"))
     assert ("**vLLM**" in text) == served
     assert ("Not vLLM or SGLang" in text) == (not served)
 

@@ -111,7 +111,7 @@ def in_process(
 
         Block.run = noted  # type: ignore[method-assign, assignment]
     if failure == "kill before the name":
-        artifact.place = lambda stage, out: os.kill(os.getpid(), signal.SIGKILL)
+        artifact.rename_stage = lambda stage, out: os.kill(os.getpid(), signal.SIGKILL)
     try:
         gteopt.quantize(
             base,
@@ -293,7 +293,7 @@ def test_a_device_without_memory_is_named_with_the_layer_and_the_next_run_goes_o
 
 def test_two_builds_never_work_in_one_folder(base: Path, tmp_path: Path) -> None:
     with (
-        artifact.alone(artifact.stage_folder(tmp_path / "out")),
+        artifact.lock_stage(artifact.stage_folder(tmp_path / "out")),
         pytest.raises(InputError, match="another process is making the same artifact"),
     ):
         gteopt.quantize(base, "rtn-int8", tmp_path / "out")

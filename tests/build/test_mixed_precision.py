@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gteopt
-from gteopt.build.calibration_texts import draw_texts, tokenize
-from gteopt.build.estimate import estimate as predict
+from gteopt.build.calibration_texts import draw_calibration_texts, tokenize_calibration
+from gteopt.build.estimate import estimate_builds
 from gteopt.build.layer_plan import plan_layers
 from gteopt.build.replay import StateSpill
-from gteopt.build.sensitivity import DEEP_BLOCKS, estimate, measure
+from gteopt.build.sensitivity import DEEP_BLOCKS, estimate_sensitivity, measure_sensitivity
 from gteopt.config.recipe import Calibration, LayerScheme, Recipe, load_recipe
 from gteopt.encoder.description import RuntimeOptions
 from gteopt.encoder.encoder import Encoder
@@ -30,7 +30,7 @@ from gteopt.encoder.loading import load_checkpoint
 from gteopt.errors import InputError, NumericsError
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.quant.affine import pack, packed_bytes, quantize_rtn
-from gteopt.quant.bit_allocation import _prints_as_errors, allocate
+from gteopt.quant.bit_allocation import _prints_as_errors, allocate_bits
 from tests.support.nano import NANO, deeper_nano, peak_bytes
 
 FEW = Calibration(n_texts=24, max_tokens=48)
@@ -59,19 +59,19 @@ def test_the_choice_is_the_best_of_all_choices_that_fit() -> None:
 
         every = itertools.product(range(n_choices), repeat=n_layers)
         best = min(total(losses, picks) for picks in every if total(n_bytes, picks) <= budget)
-        chosen = allocate(losses, n_bytes, budget)
+        chosen = allocate_bits(losses, n_bytes, budget)
         assert total(n_bytes, chosen) <= budget
         assert total(losses, chosen) == pytest.approx(best, rel=1e-6)
 
 
 def test_layers_may_have_different_numbers_of_choices() -> None:
-    assert allocate([[0.5], [0.3, 0.1, 0.0]], [[4], [1, 2, 9]], 6) == [0, 1]
-    assert allocate([[0.0, 0.0]], [[4, 3]], 3) == [1]
+    assert allocate_bits([[0.5], [0.3, 0.1, 0.0]], [[4], [1, 2, 9]], 6) == [0, 1]
+    assert allocate_bits([[0.0, 0.0]], [[4, 3]], 3) == [1]
 
 
 def test_a_budget_below_the_smallest_choices_is_refused() -> None:
     with pytest.raises(InputError, match=r"a budget of 4 bytes is too small.*take 5"):
-        allocate([[1.0, 0.0], [1.0]], [[2, 9], [3]], 4)
+        allocate_bits([[1.0, 0.0], [1.0]], [[2, 9], [3]], 4)
 
 
 @pytest.mark.parametrize("scheme", [INT2, INT4], ids=str)
@@ -86,7 +86,7 @@ def losses(
     choices: Mapping[str, Sequence[LayerScheme]],
     state_bytes: int = 1 << 30,
 ) -> dict[str, tuple[float, ...]]:
-    walks = list(measure(encoder, tokens, choices, state_bytes=state_bytes))
+    walks = list(measure_sensitivity(encoder, tokens, choices, state_bytes=state_bytes))
     return {name: layer_losses for walk in walks for name, layer_losses in walk.items()}
 
 
@@ -96,15 +96,15 @@ def test_a_loss_is_what_the_whole_model_with_that_layer_rounded_shows(model: str
 
     source = "nano" if model == "nano" else get_model_path()
     encoder = gteopt.load(source, dtype="float32")
-    texts = draw_texts(FEW)
+    texts = draw_calibration_texts(FEW)
     names = list(plan_layers(encoder.checkpoint, load_recipe("rtn-int4")).schemes)
     before = {name: p.clone() for name, p in encoder.module.state_dict().items()}
     picked = [names[1], names[len(names) // 2], names[-1]]
     choices = dict.fromkeys(picked, (INT2, INT4))
-    measured = losses(encoder, tokenize(encoder.tokenization, texts, 48), choices)
+    measured = losses(encoder, tokenize_calibration(encoder.tokenization, texts, 48), choices)
     for name, p in encoder.module.state_dict().items():
         assert torch.equal(p, before[name])
-    tokens = sorted(tokenize(encoder.tokenization, texts, 48), key=len)
+    tokens = sorted(tokenize_calibration(encoder.tokenization, texts, 48), key=len)
     wanted = encoder.embed_tokens(tokens)
     assert list(measured) == picked
     for name, (two, four) in measured.items():
@@ -122,7 +122,7 @@ def test_losses_are_the_same_with_one_block_in_memory_and_room_for_few_trials() 
     checkpoint = open_checkpoint("nano")
     plan = plan_layers(checkpoint, load_recipe("rtn-int4"))
     whole = gteopt.load("nano", dtype="float32")
-    tokens = tokenize(whole.tokenization, draw_texts(FEW), 48)
+    tokens = tokenize_calibration(whole.tokenization, draw_calibration_texts(FEW), 48)
     choices = dict.fromkeys(list(plan.schemes)[4:10], (INT2, INT4))  # of two blocks
     wanted = losses(whole, tokens, choices)
     streamed = load_checkpoint(checkpoint, RuntimeOptions(dtype="float32"), later=plan.blocks)
@@ -131,7 +131,7 @@ def test_losses_are_the_same_with_one_block_in_memory_and_room_for_few_trials() 
     for name in choices:  # the memory layout may change the last bits of sums
         assert measured[name] == pytest.approx(wanted[name], rel=1e-3)
     at_once = 5 * sum(map(len, tokens)) * 256 * 4  # room for 5 of 12 trials, without padding
-    walks = list(measure(streamed, tokens, choices, state_bytes=at_once))
+    walks = list(measure_sensitivity(streamed, tokens, choices, state_bytes=at_once))
     assert len(walks) > 2
     assert {name: layer_losses for walk in walks for name, layer_losses in walk.items()} == measured
     assert all(p.is_meta for p in streamed.module.get_submodule(str(plan.blocks)).parameters())
@@ -144,7 +144,7 @@ def estimated(
     spill: StateSpill,
 ) -> dict[str, tuple[float, ...]]:
     estimates: dict[str, tuple[float, ...]] = {}
-    for part in estimate(encoder, tokens, choices, spill=spill):
+    for part in estimate_sensitivity(encoder, tokens, choices, spill=spill):
         estimates |= part
     return estimates
 
@@ -161,7 +161,7 @@ def test_bits_chosen_by_estimated_losses_are_as_good_as_by_measured_ones(
     before = {name: p.clone() for name, p in encoder.module.state_dict().items()}
     recipe = load_recipe("mixed-4.25")
     choices = plan_layers(encoder.checkpoint, recipe).choices
-    tokens = tokenize(encoder.tokenization, draw_texts(FEW), 48)
+    tokens = tokenize_calibration(encoder.tokenization, draw_calibration_texts(FEW), 48)
     estimates = estimated(encoder, tokens, choices, StateSpill(1 << 30, tmp_path))
     for name, p in encoder.module.state_dict().items():
         assert torch.equal(p, before[name])
@@ -181,7 +181,7 @@ def test_bits_chosen_by_estimated_losses_are_as_good_as_by_measured_ones(
     truth = [(*measured[name], 0.0) for name in measured]
     sums = []
     for table in (estimates, measured):
-        picked = allocate([(*table[name], 0.0) for name in measured], sizes, budget)
+        picked = allocate_bits([(*table[name], 0.0) for name in measured], sizes, budget)
         sums.append(sum(row[i] for row, i in zip(truth, picked, strict=True)))
     assert sums[0] < 1.02 * sums[1]
 
@@ -192,7 +192,7 @@ def test_estimates_are_the_same_with_one_block_in_memory_and_hidden_states_on_di
     checkpoint = open_checkpoint("nano")
     plan = plan_layers(checkpoint, load_recipe("rtn-int4"))
     encoder = gteopt.load("nano", dtype="float32")
-    tokens = tokenize(encoder.tokenization, draw_texts(FEW), 48)
+    tokens = tokenize_calibration(encoder.tokenization, draw_calibration_texts(FEW), 48)
     choices = dict.fromkeys(list(plan.schemes)[4:10], (INT2, INT4))  # of two blocks
     wanted = estimated(encoder, tokens, choices, StateSpill(1 << 30, tmp_path / "unused"))
     assert not (tmp_path / "unused").exists()
@@ -245,7 +245,7 @@ def test_nan_is_refused_and_never_counts_as_no_loss(
 ) -> None:
     encoder = gteopt.load("nano", dtype="float32")
     encoder.module.get_parameter(tensor).data.view(-1)[0] = float("nan")
-    tokens = tokenize(encoder.tokenization, draw_texts(FEW)[:4], 16)
+    tokens = tokenize_calibration(encoder.tokenization, draw_calibration_texts(FEW)[:4], 16)
     choices = {"layers.1.mlp.up_proj": (INT4,)}
     with pytest.raises(NumericsError, match=message):
         losses(encoder, tokens, choices)
@@ -260,13 +260,13 @@ def test_measuring_takes_no_more_memory_with_more_blocks(tmp_path: Path) -> None
     script = (
         "from gteopt.encoder.loading import load_checkpoint\n"
         "from gteopt.config.recipe import LayerScheme\n"
-        "from gteopt.build.sensitivity import measure\n"
+        "from gteopt.build.sensitivity import measure_sensitivity\n"
         "checkpoint = gteopt.model.checkpoint.open_checkpoint(sys.argv[1])\n"
         "encoder = load_checkpoint(checkpoint, later='layers')\n"
         "tokens = encoder.tokenization.tokenize(['bridge ' * 20] * 4)\n"
         "scheme = LayerScheme(bits=4, group_size=128, symmetric=False)\n"
         "choices = {'layers.0.mlp.up_proj': (scheme,), 'layers.1.mlp.up_proj': (scheme,)}\n"
-        "list(measure(encoder, tokens, choices, state_bytes=0))"
+        "list(measure_sensitivity(encoder, tokens, choices, state_bytes=0))"
     )
     grown = {n: peak_bytes(script, deeper_nano(tmp_path / str(n), n)) for n in (2, 8)}
     assert grown[8] - grown[2] < 6 * 2 * 3 * 256 * 8192 / 4
@@ -403,7 +403,7 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_least_one(tmp_path: Pa
 
 def test_a_loss_that_is_not_a_number_stops_the_choice() -> None:
     with pytest.raises(NumericsError, match="NaN"):
-        allocate([[float("nan"), 0.0]], [[1, 2]], 2)
+        allocate_bits([[float("nan"), 0.0]], [[1, 2]], 2)
 
 
 def test_what_a_solver_prints_is_no_part_of_a_callers_output(
@@ -441,7 +441,7 @@ def test_inspect_counts_what_blocks_are_fed_on_disk(
     texts = Calibration(n_texts=64, max_tokens=128)
     recipe = recipe.model_copy(update={"calibration": texts})
     checkpoint = open_checkpoint(base)
-    (predicted,) = predict(checkpoint, [recipe], activation_bytes=0)
+    (predicted,) = estimate_builds(checkpoint, [recipe], activation_bytes=0)
 
     spill = StateSpill(0, tmp_path / "activations")
     spilled = 0
@@ -454,9 +454,11 @@ def test_inspect_counts_what_blocks_are_fed_on_disk(
 
     monkeypatch.setattr("gteopt.build.sensitivity.N_PROBES", 1)
     encoder = load_checkpoint(checkpoint, later="layers")
-    tokens = tokenize(encoder.tokenization, draw_texts(texts), texts.max_tokens)
-    list(estimate(encoder, tokens, {}, spill=spill, progress=look))
+    tokens = tokenize_calibration(
+        encoder.tokenization, draw_calibration_texts(texts), texts.max_tokens
+    )
+    list(estimate_sensitivity(encoder, tokens, {}, spill=spill, progress=look))
     assert predicted.disk_bytes == pytest.approx(spilled, rel=0.02)
-    (in_memory,) = predict(checkpoint, [recipe])
+    (in_memory,) = estimate_builds(checkpoint, [recipe])
     assert in_memory.disk_bytes is not None
     assert in_memory.disk_bytes < spilled

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gteopt
-from gteopt.build.calibration_texts import CalibrationText, tokenize
+from gteopt.build.calibration_texts import CalibrationText, tokenize_calibration
 from gteopt.build.replay import Block, BlockInput, open_blocks
 from gteopt.build.smoothing import smooth_block_
 from gteopt.config.recipe import Calibration, LayerScheme, load_recipe
@@ -43,7 +43,9 @@ def error(x: Tensor, weight: Tensor, exact: Tensor) -> float:
 
 
 def first_block(encoder: Encoder) -> tuple[Block, list[BlockInput]]:
-    tokens = tokenize(encoder.tokenization, [CalibrationText(text) for text in TEXTS], 64)
+    tokens = tokenize_calibration(
+        encoder.tokenization, [CalibrationText(text) for text in TEXTS], 64
+    )
     blocks, inputs = open_blocks(encoder, tokens)
     return blocks[0], inputs
 

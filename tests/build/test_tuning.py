@@ -14,10 +14,10 @@ from torch import nn
 
 import gteopt
 from gteopt.build import tuning
-from gteopt.build.calibration_texts import draw_texts, tokenize
+from gteopt.build.calibration_texts import draw_calibration_texts, tokenize_calibration
 from gteopt.build.layer_plan import plan_layers
-from gteopt.build.replay import advance_, copy_block, open_blocks
-from gteopt.build.tuning import Schedule, tune, tune_block
+from gteopt.build.replay import copy_block, open_blocks, replay_block_
+from gteopt.build.tuning import TuningSchedule, tune_block, tune_model
 from gteopt.config.recipe import Calibration, LayerScheme, Recipe, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.tokenization import Tokens
@@ -92,7 +92,7 @@ def nano() -> Encoder:
 
 @pytest.fixture(scope="module")
 def tokens(nano: Encoder) -> list[Tokens]:
-    return tokenize(nano.tokenization, draw_texts(FEW), FEW.max_tokens)
+    return tokenize_calibration(nano.tokenization, draw_calibration_texts(FEW), FEW.max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,10 @@ def rounded(nano: Encoder) -> dict[str, QuantizedWeight]:
 def test_tuned_codes_bring_held_out_vectors_closer_and_the_teacher_stays_as_it_was(
     nano: Encoder, tokens: list[list[int]], rounded: Mapping[str, QuantizedWeight]
 ) -> None:
-    held_out = [drawn.text for drawn in draw_texts(Calibration(n_texts=400, max_tokens=64))[200:]]
+    held_out = [
+        drawn.text
+        for drawn in draw_calibration_texts(Calibration(n_texts=400, max_tokens=64))[200:]
+    ]
     before = {name: p.clone() for name, p in nano.module.state_dict().items()}
     wanted = nano.embed(held_out)
 
@@ -116,7 +119,9 @@ def test_tuned_codes_bring_held_out_vectors_closer_and_the_teacher_stays_as_it_w
         other.module.load_state_dict({**changed, **rest}, strict=False)
         return float(1 - (other.embed(held_out) * wanted).sum(axis=1).mean())
 
-    tuned = tune(nano, rounded, tokens, Schedule(n_steps=40, batch_size=16, text_tokens=32))
+    tuned = tune_model(
+        nano, rounded, tokens, TuningSchedule(n_steps=40, batch_size=16, text_tokens=32)
+    )
     assert error(tuned.weights, tuned.rest) < 0.9 * error(rounded, {})
     assert tuned.record.error_after < tuned.record.error_before
     assert 0 < tuned.record.codes_changed < 0.2
@@ -127,8 +132,8 @@ def test_tuned_codes_bring_held_out_vectors_closer_and_the_teacher_stays_as_it_w
 def test_the_same_seed_learns_the_same_codes(
     nano: Encoder, tokens: list[list[int]], rounded: Mapping[str, QuantizedWeight]
 ) -> None:
-    schedule = Schedule(n_steps=3, batch_size=4, text_tokens=16)
-    first, second = (tune(nano, rounded, tokens, schedule) for _ in range(2))
+    schedule = TuningSchedule(n_steps=3, batch_size=4, text_tokens=16)
+    first, second = (tune_model(nano, rounded, tokens, schedule) for _ in range(2))
     assert first.record == second.record
     for name in rounded:
         assert torch.equal(first.weights[name].codes, second.weights[name].codes)
@@ -138,8 +143,8 @@ def test_the_same_seed_learns_the_same_codes(
 def test_tuning_that_makes_things_worse_is_thrown_away(
     nano: Encoder, tokens: list[list[int]], rounded: Mapping[str, QuantizedWeight]
 ) -> None:
-    wild = Schedule(n_steps=4, batch_size=4, text_tokens=16, codes_rate=3.0, rest_rate=0.3)
-    kept = tune(nano, rounded, tokens, wild)
+    wild = TuningSchedule(n_steps=4, batch_size=4, text_tokens=16, codes_rate=3.0, rest_rate=0.3)
+    kept = tune_model(nano, rounded, tokens, wild)
     assert kept.record.codes_changed == 0
     assert kept.record.error_after == kept.record.error_before
     assert all(torch.equal(kept.weights[n].codes, rounded[n].codes) for n in rounded)
@@ -150,7 +155,7 @@ def test_tuning_that_makes_things_worse_is_thrown_away(
 @pytest.fixture
 def guided(monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """The shipped recipe on few texts and for few steps."""
-    schedule = Schedule(n_steps=6, batch_size=8, text_tokens=32)
+    schedule = TuningSchedule(n_steps=6, batch_size=8, text_tokens=32)
     monkeypatch.setitem(tuning.SCHEDULES, "standard", schedule)
     return load_recipe("gptq-int4-guided").model_copy(update={"calibration": FEW})
 
@@ -234,10 +239,10 @@ def test_scales_norms_and_biases_of_a_block_bring_its_output_closer_on_other_tex
     nano: Encoder, rounded: Mapping[str, QuantizedWeight]
 ) -> None:
     """The error falls by more than 4 %, and no code changes."""
-    texts = draw_texts(Calibration(n_texts=120, max_tokens=48))
-    blocks, inputs = open_blocks(nano, tokenize(nano.tokenization, texts[:80], 48))
+    texts = draw_calibration_texts(Calibration(n_texts=120, max_tokens=48))
+    blocks, inputs = open_blocks(nano, tokenize_calibration(nano.tokenization, texts[:80], 48))
     wanted = [batch.copy() for batch in inputs]
-    advance_(blocks[0], wanted)
+    replay_block_(blocks[0], wanted)
     start = {n: weight for n, weight in rounded.items() if n.startswith(f"{blocks[0].name}.")}
     schedule = tuning.BLOCK_SCHEDULES["standard"]
     assert schedule is not None
@@ -245,7 +250,7 @@ def test_scales_norms_and_biases_of_a_block_bring_its_output_closer_on_other_tex
     assert tuned.record.codes_changed == 0
     assert tuned.record.error_after < tuned.record.error_before
 
-    blocks, inputs = open_blocks(nano, tokenize(nano.tokenization, texts[80:], 48))
+    blocks, inputs = open_blocks(nano, tokenize_calibration(nano.tokenization, texts[80:], 48))
     within = len(blocks[0].name) + 1
 
     def error(weights: Mapping[str, QuantizedWeight], rest: Mapping[str, torch.Tensor]) -> float:
@@ -268,7 +273,7 @@ def test_scales_norms_and_biases_of_a_block_bring_its_output_closer_on_other_tex
 def large(guided: Recipe, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A recipe that tunes block by block, because the nano counts as too large here."""
     monkeypatch.setattr("gteopt.build.layer_plan.MOST_WEIGHTS", 1_000_000)
-    few = replace(tuning.BLOCK_SCHEDULES["standard"] or Schedule(0), n_steps=6)
+    few = replace(tuning.BLOCK_SCHEDULES["standard"] or TuningSchedule(0), n_steps=6)
     monkeypatch.setitem(tuning.BLOCK_SCHEDULES, "standard", few)
     return guided
 
@@ -290,10 +295,10 @@ def test_a_block_whose_tuning_makes_things_worse_keeps_what_the_solver_left(
 ) -> None:
     blocks, inputs = open_blocks(nano, tokens)
     wanted = [batch.copy() for batch in inputs]
-    advance_(blocks[0], wanted)
+    replay_block_(blocks[0], wanted)
     start = {n: weight for n, weight in rounded.items() if n.startswith(f"{blocks[0].name}.")}
     before = {n: p.clone() for n, p in blocks[0].module.state_dict().items()}
-    wild = Schedule(n_steps=3, codes_rate=3.0, scales_rate=0.5, rest_rate=0.3)
+    wild = TuningSchedule(n_steps=3, codes_rate=3.0, scales_rate=0.5, rest_rate=0.3)
     tuned = tune_block(blocks[0], start, inputs, wanted, wild)
     assert tuned.record.error_after == tuned.record.error_before > 0
     assert all(torch.equal(tuned.weights[n].codes, start[n].codes) for n in start)
@@ -304,7 +309,7 @@ def test_a_block_whose_tuning_makes_things_worse_keeps_what_the_solver_left(
 def test_every_effort_has_a_schedule() -> None:
     assert tuning.SCHEDULES["fast"] is None
     standard, best = tuning.SCHEDULES["standard"], tuning.SCHEDULES["best"]
-    assert isinstance(standard, Schedule)
-    assert isinstance(best, Schedule)
+    assert isinstance(standard, TuningSchedule)
+    assert isinstance(best, TuningSchedule)
     assert standard.n_steps < best.n_steps
     assert tuning.BLOCK_SCHEDULES.keys() == tuning.SCHEDULES.keys()

@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 import gteopt
 from gteopt.cli.app import main
-from gteopt.cli.progress_bars import Steps
+from gteopt.cli.progress_bars import ProgressSteps
 from gteopt.config.recipe import Calibration, LayerScheme, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
@@ -156,7 +156,7 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_one_at_the_end() -> Non
     times = iter([0.0, 20.0, 61.0, 100.0, 122.0, 150.0, 160.0])
     written = io.StringIO()
     console = Console(file=written, width=40)
-    steps = Steps(Progress(console=console), clock=lambda: next(times))
+    steps = ProgressSteps(Progress(console=console), clock=lambda: next(times))
     for done in (0, 300, 400, 610, 800):  # the first step reads the clock twice
         steps("variant: task (1 of 2)", done, 1000)
     steps.close()
@@ -373,8 +373,8 @@ def test_ctrl_c_promises_what_the_command_keeps(
         raise KeyboardInterrupt
 
     for name in (
-        *("bench.measure", "bench.measure_dummy"),
-        *("evaluate.base_of", "run.run"),
+        *("bench.bench_to_file", "bench.bench_dummy_to_file"),
+        *("evaluate.find_common_base", "run.run"),
     ):
         monkeypatch.setattr(f"gteopt.commands.{name}", stop)
     monkeypatch.setattr("gteopt.model.artifact.verify", stop)

@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gteopt.cli.lists import init
-from gteopt.cli.output import print_table, style_of
-from gteopt.cli.progress_bars import left_in_words
+from gteopt.cli.output import choose_output_style, print_table
+from gteopt.cli.progress_bars import format_time_left
 from gteopt.config.plan import load_plan
 from gteopt.config.policy import load_policy
 from gteopt.config.recipe import load_recipe
@@ -41,9 +41,13 @@ def test_markdown_escapes_what_separates_cells(capsys: pytest.CaptureFixture[str
 
 
 def test_styles_exclude_one_another() -> None:
-    assert (style_of(False), style_of(True), style_of(False, True)) == ("table", "json", "csv")
+    assert (
+        choose_output_style(False),
+        choose_output_style(True),
+        choose_output_style(False, True),
+    ) == ("table", "json", "csv")
     with pytest.raises(InputError, match="exclude each other"):
-        style_of(True, True)
+        choose_output_style(True, True)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,7 @@ def test_styles_exclude_one_another() -> None:
      (142, "about 2 min left"), (9000, "about 2 h left")],
 )  # fmt: skip
 def test_a_remaining_time_is_rounded_to_a_readable_unit(seconds: float, words: str) -> None:
-    assert left_in_words(seconds) == words
+    assert format_time_left(seconds) == words
 
 
 def test_init_writes_files_that_are_valid(

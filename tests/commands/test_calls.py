@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import gteopt
 from gteopt.cli.app import app
-from gteopt.commands.choose import write_comparison
-from gteopt.commands.evaluate import Setup
-from gteopt.commands.optimize import propose
+from gteopt.commands.choose import write_comparison_page
+from gteopt.commands.evaluate import EvaluationSetup
+from gteopt.commands.optimize import propose_plan
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.errors import InputError
 from gteopt.records.evaluation import EvalReport
@@ -75,7 +75,7 @@ def test_what_is_compared_with_itself_or_with_a_namesake_has_a_column_of_its_own
         assert rows
         assert all(row[comparison.names[0]] == row[comparison.names[1]] for row in rows)
         assert all(len(row) == 3 for row in rows)
-        page = write_comparison(results, second).read_text(encoding="utf-8")
+        page = write_comparison_page(results, second).read_text(encoding="utf-8")
         assert all(f"<b>{name}</b>" in page for name in comparison.names)
     shown = CliRunner().invoke(app, ("compare", str(results), str(results), "--json"))
     assert all(len(row) == 3 for row in json.loads(shown.stdout)["rows"])
@@ -83,7 +83,7 @@ def test_what_is_compared_with_itself_or_with_a_namesake_has_a_column_of_its_own
 
 def test_kernels_are_those_that_were_asked_for_and_the_record_says_so(workspace: Path) -> None:
     judges = gteopt.Judges(texts=workspace / "texts.txt")
-    reports = gteopt.evaluate(workspace / "int8", judges, how=Setup(kernels="decoded"))
+    reports = gteopt.evaluate(workspace / "int8", judges, how=EvaluationSetup(kernels="decoded"))
     assert "decoded" in reports["int8"].versions["arithmetic"]
     assert "decoded" not in reports["nano"].versions["arithmetic"]
     with pytest.raises(InputError, match=r"unknown kernels 'nosuch'.*measured"):
@@ -117,7 +117,7 @@ def test_data_may_be_the_name_of_a_data_set(workspace: Path, tmp_path: Path) -> 
     file.parent.mkdir(parents=True)
     rows = ["sentence1,sentence2,score", *(f"rain {i},rain {i * i},{i}" for i in range(24))]
     file.write_text("\n".join(rows))
-    setup = Setup(hub_dir=tmp_path / "hub")
+    setup = EvaluationSetup(hub_dir=tmp_path / "hub")
     named = gteopt.Judges(data="org/pairs:test")
     by_name = gteopt.evaluate(workspace / "int8", named, how=setup)["int8"]
     assert isinstance(by_name, EvalReport)
@@ -126,7 +126,7 @@ def test_data_may_be_the_name_of_a_data_set(workspace: Path, tmp_path: Path) -> 
     assert (by_name.score, by_name.suite_sha256) == (by_file.score, by_file.suite_sha256)
     limits = gteopt.Limits(max_weights="13MB")
     search = gteopt.Search(hub_dir=tmp_path / "hub")
-    assert propose("nano", named, limits, search, out=tmp_path / "out").plan.data == file
+    assert propose_plan("nano", named, limits, search, out=tmp_path / "out").plan.data == file
     int8 = workspace / "int8"
     with pytest.raises(InputError, match="no file of dev"):
         gteopt.compare(int8, int8, gteopt.Judges(data="org/pairs:dev"), how=setup)

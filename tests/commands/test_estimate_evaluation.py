@@ -90,11 +90,11 @@ def test_the_hub_is_asked_once_whatever_the_number_of_tasks(
 
 
 def test_an_estimate_says_what_it_does_not_know(tmp_path: Path) -> None:
-    from gteopt.evaluation.suites import with_data
+    from gteopt.evaluation.suites import add_own_task
 
     path = tmp_path / "pairs.csv"
     path.write_text("sentence1,sentence2,score\na,b,1\nc,d,2\ne,f,3\n")
-    suite = with_data(read_suite("mini"), path)
+    suite = add_own_task(read_suite("mini"), path)
     estimate = estimate_evaluation({"base": "nano", "mine": "nano"}, suite)
     lines = " ".join(estimate_lines(estimate))
     assert "2 models (base, mine)" in lines

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from gteopt.build.calibration_texts import draw_texts
-from gteopt.commands.choose import judge
+from gteopt.build.calibration_texts import draw_calibration_texts
+from gteopt.commands.choose import choose_by_policy
 from gteopt.commands.judges import Judges
-from gteopt.commands.optimize import Search, propose
+from gteopt.commands.optimize import Search, propose_plan
 from gteopt.commands.run import run
 from gteopt.config.limits import Limits
 from gteopt.config.plan import Plan, PlanBench, Screening, Workload, load_plan
@@ -35,7 +35,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def proposed(out: Path, texts: Path, search: Search | None = None, **words: str) -> Plan:
     limits = Limits(**words)  # type: ignore[arg-type]
-    proposal = propose("nano", Judges(texts=texts), limits, search or Search(), out=out)
+    proposal = propose_plan("nano", Judges(texts=texts), limits, search or Search(), out=out)
     assert load_plan(str(proposal.file)) == proposal.plan
     return proposal.plan
 
@@ -64,7 +64,7 @@ def test_the_suite_is_scored_in_the_languages_of_the_models_card(tmp_path: Path)
         model = shutil.copytree(ASSETS / "nano", tmp_path / language)
         card = (model / "README.md").read_text().replace("[en, fr, pl, zh]", language)
         (model / "README.md").write_text(card)
-        proposal = propose(str(model), judges, Limits(), Search(), out=tmp_path / "out")
+        proposal = propose_plan(str(model), judges, Limits(), Search(), out=tmp_path / "out")
         return proposal.plan.languages, " ".join(proposal.notes)
 
     languages, notes = scored_languages("en", Judges())
@@ -107,12 +107,12 @@ def test_many_own_texts_are_calibrated_on_and_judged_on_and_none_is_both(tmp_pat
     assert plan.texts is not None
     judged = set(read_texts(plan.texts))
     recipe = load_recipe(str(tmp_path / "out" / plan.recipes[0]))
-    drawn = {entry.text for entry in draw_texts(recipe.calibration)}
+    drawn = {entry.text for entry in draw_calibration_texts(recipe.calibration)}
     assert judged | (drawn & set(own_texts)) == set(own_texts)
     assert not judged & drawn
     assert len(drawn & set(own_texts)) == 60
     builtin = drawn - set(own_texts)
-    assert builtin <= {entry.text for entry in draw_texts(Calibration())}
+    assert builtin <= {entry.text for entry in draw_calibration_texts(Calibration())}
     assert len(builtin) == Calibration().n_texts - 60
 
 
@@ -178,7 +178,7 @@ def test_a_second_run_finds_everything_done(unlabelled: tuple[Plan, Results]) ->
 
 def test_another_policy_can_judge_what_has_no_labels(unlabelled: tuple[Plan, Results]) -> None:
     plan, _ = unlabelled
-    results = judge(plan.out, load_policy("balanced"))
+    results = choose_by_policy(plan.out, load_policy("balanced"))
     assert results.choice is not None
     assert "retention_low" not in results.choice.policy.limits
     assert "not measured" not in results.choice.reason

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 import gteopt
-from gteopt.commands.bench import ReportFile, measure
-from gteopt.commands.choose import judge
-from gteopt.commands.evaluate import base_of
+from gteopt.commands.bench import BenchReportFile, bench_to_file
+from gteopt.commands.choose import choose_by_policy
+from gteopt.commands.evaluate import find_common_base
 from gteopt.commands.run import run
 from gteopt.config.plan import BenchSpec, Plan, PlanBench, Workload, load_plan
 from gteopt.config.policy import Limit, Objective, Policy
 from gteopt.errors import InputError
 from gteopt.model.artifact import artifact_sha256
-from gteopt.progress import quiet
+from gteopt.progress import ignore_progress
 from gteopt.records.bench import BenchReport
 from gteopt.records.evaluation import EvalReport
 from gteopt.records.files import read_record, write_record
@@ -173,15 +173,15 @@ def test_all_that_cannot_be_measured_is_told_before_a_folder_is_looked_at(tmp_pa
     sources = {"nano": "nano", "one": "nope/one", "two": "nope/two"}
     long = BenchSpec(query_tokens=8, workloads=(Workload(batch_size=1, tokens=9000),))
     with pytest.raises(InputError) as caught:
-        measure(
+        bench_to_file(
             sources,
             long,
-            ReportFile(tmp_path / "out"),
+            BenchReportFile(tmp_path / "out"),
             baseline="nano",
             hub_dir=tmp_path,
             device="cpu",
             skip_too_long=True,
-            progress=quiet,
+            progress=ignore_progress,
         )
     problems = str(caught.value).splitlines()[1:]
     assert [line.partition(":")[0].strip(" -") for line in problems] == [
@@ -241,10 +241,10 @@ def bench_into(
     folder: Path, *sources: str, progress: Steps | None = None, price: float | None = None
 ) -> BenchReport:
     named = {Path(source).name: source for source in sources}
-    return measure(
+    return bench_to_file(
         named,
         SPEC.spec,
-        ReportFile(folder, price),
+        BenchReportFile(folder, price),
         baseline=next(iter(named)),
         hub_dir=None,
         device="cpu",
@@ -274,10 +274,10 @@ def test_variants_benched_later_lie_beside_the_earlier_and_survive_an_interrupti
         bench_into(tmp_path, "nano", int8, progress=Stops("measuring speed of rtn-int8"))
     assert set(read_record(tmp_path / "bench.json", BenchReport).variants) == {"nano"}
     before = bench_into(tmp_path, "nano", int8, price=2.0)
-    after = measure(
+    after = bench_to_file(
         {"mine": "nano", "short": short},
         SPEC.spec,
-        ReportFile(tmp_path),
+        BenchReportFile(tmp_path),
         baseline="mine",
         hub_dir=None,
         device="cpu",
@@ -304,7 +304,7 @@ def test_a_policys_margin_settles_the_verdicts_again_and_the_page_follows(
             objective=Objective(minimise="weight_bytes"),
             margin=margin,
         )
-        results = judge(out, policy)
+        results = choose_by_policy(out, policy)
         assert read_results(out) == results
         assert results.choice is not None
         assert results.choice.reason in (out / "report.html").read_text().replace("&#x27;", "'")
@@ -355,6 +355,6 @@ def test_the_baseline_of_artifacts_is_their_common_base(
     folder: Path, first_run: tuple[Results, list[str]]
 ) -> None:
     del first_run
-    assert base_of([str(folder / "out" / "variants" / "rtn-int8")]) == "nano"
+    assert find_common_base([str(folder / "out" / "variants" / "rtn-int8")]) == "nano"
     with pytest.raises(InputError, match="different bases"):
-        base_of([str(folder / "out" / "variants" / "rtn-int8"), "some/other"])
+        find_common_base([str(folder / "out" / "variants" / "rtn-int8"), "some/other"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gteopt.commands.screening import judge
+from gteopt.commands.screening import judge_screening
 from gteopt.config.policy import Limit, Objective, Policy
 from gteopt.records.screening import ScreenedVariant
 
@@ -27,7 +27,7 @@ def variant(name: str, megabytes: float, overlap: float, *, fast: bool = False) 
 
 
 def reasons(*variants: ScreenedVariant, keep: int = 3, **limits: Limit) -> dict[str, str | None]:
-    judged = judge(variants, policy(**limits), n_texts=300, keep=keep)
+    judged = judge_screening(variants, policy(**limits), n_texts=300, keep=keep)
     return {screened.name: screened.dropped for screened in judged}
 
 

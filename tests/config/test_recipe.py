@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from gteopt.config.plan import Plan, load_plan
 from gteopt.config.policy import Policy, load_policy
 from gteopt.config.recipe import LayerScheme, Recipe, load_recipe
-from gteopt.config.yaml_files import ShippedKind, find_yaml, read_yaml, shipped_names
+from gteopt.config.yaml_files import ShippedKind, find_yaml, list_shipped_names, read_yaml
 from gteopt.errors import InputError
 from gteopt.paths import shipped_dir
 
@@ -331,10 +331,10 @@ def test_every_shipped_file_is_valid_and_named_as_its_file(
     assert isinstance(content, Recipe | Plan | Policy)
     assert content.name == path.stem
     assert content.summary
-    assert path.stem in shipped_names(kind)
+    assert path.stem in list_shipped_names(kind)
 
 
-@pytest.mark.parametrize("name", shipped_names("recipes/plans"))
+@pytest.mark.parametrize("name", list_shipped_names("recipes/plans"))
 def test_every_shipped_plan_names_recipes_and_a_policy_that_exist(name: str) -> None:
     plan = load_plan(name)
     folder = shipped_dir("recipes/plans")

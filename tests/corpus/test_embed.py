@@ -20,26 +20,26 @@ import pytest
 
 import gteopt
 from gteopt.config.recipe import Dims, VectorCode, Vectors
-from gteopt.corpus.ids import count_duplicates
-from gteopt.corpus.jobs import Request, prepare, working_alone
-from gteopt.corpus.options import EmbedOptions, Template, parse_long
-from gteopt.corpus.plan import read_record
+from gteopt.corpus.ids import count_duplicate_ids
+from gteopt.corpus.jobs import JobRequest, lock_job, prepare_job
+from gteopt.corpus.options import EmbedOptions, TextTemplate, parse_long_texts
+from gteopt.corpus.plan import read_embedding_record
 from gteopt.corpus.shard_encoder import ShardEncoder
 from gteopt.corpus.shard_files import (
-    Decode,
+    DecodeRecord,
     ShardContent,
     ShardRecord,
-    finished,
+    read_done_footers,
     read_footer,
-    to_parquet,
-    vectors_of,
+    read_shard_vectors,
+    shard_to_parquet,
 )
-from gteopt.corpus.storage import Folder
-from gteopt.corpus.verify import verify
-from gteopt.encoder.description import Description
+from gteopt.corpus.storage import StorageFolder
+from gteopt.corpus.verify import verify_shards
+from gteopt.encoder.description import EncoderDescription
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
-from gteopt.vectors.fit import fit
+from gteopt.vectors.fit import fit_vector_transform
 from tests.support.embedding import (
     TEXTS,
     dead,
@@ -193,7 +193,7 @@ def test_codes_are_stored_as_the_artifact_fits_them_and_decode_from_the_files_ow
     nano: Encoder, corpus: Path, tmp_path: Path
 ) -> None:
     encoder = gteopt.load("nano", device="cpu")
-    encoder.vectors = fit(
+    encoder.vectors = fit_vector_transform(
         encoder.embed(TEXTS), Dims(n=32, method="slice"), Vectors(code="int8", rescore=4)
     )
     embed_with(encoder, corpus, tmp_path / "out")
@@ -222,12 +222,14 @@ def test_codes_are_stored_as_the_artifact_fits_them_and_decode_from_the_files_ow
 @pytest.mark.parametrize("code", ["int4", "binary", "rabitq"])
 def test_other_codes_decode_from_embedding_json(code: VectorCode, tmp_path: Path) -> None:
     encoder = gteopt.load("nano", device="cpu")
-    encoder.vectors = fit(encoder.embed(TEXTS), Dims(n=32, method="pca"), Vectors(code=code))
+    encoder.vectors = fit_vector_transform(
+        encoder.embed(TEXTS), Dims(n=32, method="pca"), Vectors(code=code)
+    )
     corpus = write_jsonl(tmp_path / "c.jsonl", TEXTS[:16])
     embed_with(encoder, corpus, tmp_path / "out")
-    record = read_record(Folder(tmp_path / "out"))
+    record = read_embedding_record(StorageFolder(tmp_path / "out"))
     assert record is not None
-    codes = vectors_of(stored(tmp_path / "out"), record.decode)
+    codes = read_shard_vectors(stored(tmp_path / "out"), record.decode)
     expected = encoder.vectors.quantize(encoder.encode(TEXTS[:16]))
     np.testing.assert_array_equal(codes, expected)
     np.testing.assert_array_equal(
@@ -237,13 +239,13 @@ def test_other_codes_decode_from_embedding_json(code: VectorCode, tmp_path: Path
 
 def test_a_codebook_is_kept_in_embedding_json_and_not_in_every_shard(tmp_path: Path) -> None:
     rows = np.random.default_rng(0).normal(size=(240, 16)).astype(np.float32)
-    transform = fit(rows, None, Vectors(code="pq", bytes=4))
+    transform = fit_vector_transform(rows, None, Vectors(code="pq", bytes=4))
     codes = transform.quantize(transform.project(rows))
-    decode = Decode.model_validate_json(Decode.of(transform, "pq").model_dump_json())
+    decode = DecodeRecord.model_validate_json(DecodeRecord.of(transform, "pq").model_dump_json())
     np.testing.assert_array_equal(decode.transform().dequantize(codes), transform.dequantize(codes))
     content = ShardContent("c", np.arange(240), [""] * 240, None, codes, pa.table({}))
     record = ShardRecord.model_construct(bad={})
-    (tmp_path / "a.parquet").write_bytes(to_parquet(content, record, decode, "list"))
+    (tmp_path / "a.parquet").write_bytes(shard_to_parquet(content, record, decode, "list"))
     assert (tmp_path / "a.parquet").stat().st_size < 256 * 16 * 4
 
 
@@ -306,8 +308,8 @@ def test_a_wrong_column_leaves_no_folder_behind(
 def test_a_file_that_changes_during_the_job_stops_it(
     nano: Encoder, corpus: Path, tmp_path: Path
 ) -> None:
-    with working_alone(tmp_path / "out"):
-        prepare(Request((str(corpus),), "nano", tmp_path / "out", EmbedOptions()), nano)
+    with lock_job(tmp_path / "out"):
+        prepare_job(JobRequest((str(corpus),), "nano", tmp_path / "out", EmbedOptions()), nano)
     embed_with(nano, corpus, tmp_path / "out")
     sorted((tmp_path / "out" / "data").iterdir())[0].unlink()
     write_jsonl(corpus, TEXTS[:-1])
@@ -316,12 +318,12 @@ def test_a_file_that_changes_during_the_job_stops_it(
 
 
 def test_the_content_of_the_first_of_several_writers_stays(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = StorageFolder(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         wrote = list(pool.map(lambda i: folder.create("data/a", b"%d" % i), range(8)))
     assert sum(wrote) == 1
     assert folder.read("data/a") == b"%d" % wrote.index(True)
-    assert not list((tmp_path / Folder.TEMPORARY).iterdir())
+    assert not list((tmp_path / StorageFolder.TEMPORARY).iterdir())
 
 
 def test_a_shard_that_another_worker_finished_meanwhile_stays(
@@ -332,7 +334,7 @@ def test_a_shard_that_another_worker_finished_meanwhile_stays(
     embed_with(nano, corpus, out)
     before = folder_bytes(out)
     times = {path.name: path.stat().st_mtime_ns for path in (out / "data").iterdir()}
-    job = prepare(Request((str(corpus),), "nano", out, EmbedOptions(shard_rows=16)), nano)
+    job = prepare_job(JobRequest((str(corpus),), "nano", out, EmbedOptions(shard_rows=16)), nano)
     with ShardEncoder(job.task, nano) as worker:
         late = [worker.submit(shard).result() for shard in job.plan.shards.values()]
     assert [done.name for done in late] == sorted(times)
@@ -348,16 +350,16 @@ def test_a_machine_that_rounds_products_otherwise_does_not_go_on_with_a_job(
     full = gteopt.load("nano", device="cpu", dtype="float32")
     embed_with(half, corpus, tmp_path / "short", dtype="bfloat16")
     embed_with(full, corpus, tmp_path / "whole", dtype="float32")
-    monkeypatch.setattr(Description, "arithmetic", "as another processor rounds")
+    monkeypatch.setattr(EncoderDescription, "arithmetic", "as another processor rounds")
     with pytest.raises(InputError, match="arithmetic is 'as another processor rounds', and was"):
         embed_with(half, corpus, tmp_path / "short", dtype="bfloat16")
     assert embed_with(full, corpus, tmp_path / "whole", dtype="float32").shards_now == 0
-    read_only = prepare(
-        Request((str(corpus),), "nano", tmp_path / "short", EmbedOptions(shard_rows=16)),
+    read_only = prepare_job(
+        JobRequest((str(corpus),), "nano", tmp_path / "short", EmbedOptions(shard_rows=16)),
         half,
         reads_only=True,
     )
-    assert len(finished(read_only.folder, read_only.plan.expected())) == 3
+    assert len(read_done_footers(read_only.folder, read_only.plan.expected())) == 3
     with pytest.raises(UnsupportedError, match="rounds products in another way"):
         replace(read_only.task, source="nano", arithmetic="int8 x 9 bits").load("cpu")
 
@@ -381,7 +383,7 @@ def test_events_and_report_say_what_each_worker_did(
 
 def test_two_jobs_never_write_into_one_folder(nano: Encoder, corpus: Path, tmp_path: Path) -> None:
     with (
-        working_alone(tmp_path / "out"),
+        lock_job(tmp_path / "out"),
         pytest.raises(InputError, match="another process is embedding"),
     ):
         embed_with(nano, corpus, tmp_path / "out")
@@ -400,7 +402,7 @@ def test_ids_that_are_there_twice_are_counted_and_refused_by_request(
 def test_duplicates_are_counted_over_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gteopt.corpus.ids.HASHES_AT_ONCE", 10)
     batches = [[str(i % 77) for i in range(start, start + 10)] for start in range(0, 100, 10)]
-    assert count_duplicates(lambda: iter(batches), 100) == 23
+    assert count_duplicate_ids(lambda: iter(batches), 100) == 23
 
 
 def test_verify_accepts_a_sound_folder_and_names_what_is_wrong(
@@ -408,9 +410,9 @@ def test_verify_accepts_a_sound_folder_and_names_what_is_wrong(
 ) -> None:
     out = tmp_path / "out"
     embed_with(nano, corpus, out)
-    request = Request((str(corpus),), "nano", out, EmbedOptions(shard_rows=16))
-    job = prepare(request, nano)
-    checked = verify(job, nano)
+    request = JobRequest((str(corpus),), "nano", out, EmbedOptions(shard_rows=16))
+    job = prepare_job(request, nano)
+    checked = verify_shards(job, nano)
     assert (checked.n_rows, checked.n_vectors, checked.n_bad) == (40, 40, 0)
     assert checked.min_cosine is not None
     assert checked.min_cosine > 0.99
@@ -419,7 +421,7 @@ def test_verify_accepts_a_sound_folder_and_names_what_is_wrong(
     content[300] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(IntegrityError, match=path.name):
-        verify(job, nano)
+        verify_shards(job, nano)
 
 
 def test_verify_finds_vectors_of_another_text(nano: Encoder, tmp_path: Path) -> None:
@@ -430,18 +432,18 @@ def test_verify_finds_vectors_of_another_text(nano: Encoder, tmp_path: Path) -> 
     embed_with(nano, path, out)
     write_jsonl(path, [f"omega {i}" for i in range(20)])
     os.utime(path, ns=(known.st_atime_ns, known.st_mtime_ns))
-    request = Request((str(path),), "nano", out, EmbedOptions(shard_rows=16))
-    job = prepare(request, nano)
+    request = JobRequest((str(path),), "nano", out, EmbedOptions(shard_rows=16))
+    job = prepare_job(request, nano)
     with pytest.raises(
         IntegrityError, match="was embedded again: its cosine with the stored vector is"
     ):
-        verify(job, nano)
+        verify_shards(job, nano)
 
 
 def test_footers_say_what_a_shard_holds(nano: Encoder, corpus: Path, tmp_path: Path) -> None:
     embed_with(nano, corpus, tmp_path / "out")
-    folder = Folder(tmp_path / "out")
-    record = read_record(folder)
+    folder = StorageFolder(tmp_path / "out")
+    record = read_embedding_record(folder)
     assert record is not None
     assert record.complete
     for n, path in enumerate(sorted((tmp_path / "out" / "data").iterdir())):
@@ -463,13 +465,13 @@ def test_the_folder_does_not_depend_on_where_the_corpus_lies(
 @pytest.mark.parametrize("value", ["cut", "chunk:0", "chunk:10:10", "chunk:1:2:3"])
 def test_a_malformed_long_option_is_refused(value: str) -> None:
     with pytest.raises(InputError, match="--long"):
-        parse_long(value)
+        parse_long_texts(value)
 
 
 def test_a_template_takes_numbers_and_leaves_out_what_is_missing() -> None:
-    template = Template("{title} ({year}): {body}")
+    template = TextTemplate("{title} ({year}): {body}")
     assert template.fill({"title": "A", "year": 1999, "body": None})[0] == "A (1999):"
     assert template.fill({}) == (None, "none of the columns title, year, body")
     assert template.fill({"title": ["a"]}) == (None, "column title is list")
     with pytest.raises(InputError, match="--text"):
-        Template("{title")
+        TextTemplate("{title")

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import gteopt
-from gteopt.corpus.embed_workers import embed_on, local_embedders
+from gteopt.corpus.embed_workers import embed_on_workers, start_local_embedders
 from gteopt.corpus.jobs import RunShards
-from gteopt.corpus.shard_encoder import Done
-from gteopt.encoder.description import describe
+from gteopt.corpus.shard_encoder import ShardDone
+from gteopt.encoder.description import describe_encoder
 from tests.support.embedding import TEXTS, embed_with, folder_bytes, stored, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,14 +39,14 @@ def test_sigkill_at_random_moments_leaves_no_trace(tmp_path: Path) -> None:
 def test_a_worker_that_is_killed_costs_only_the_shards_it_had(tmp_path: Path) -> None:
     corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS * 2)
     embedded: list[str] = []
-    with local_embedders(["cpu"]) as workers:
+    with start_local_embedders(["cpu"]) as workers:
 
         def killing() -> RunShards:
-            run = embed_on(workers)
+            run = embed_on_workers(workers)
 
             def embed(*arguments: Any) -> Any:
                 for done in run(*arguments):
-                    assert isinstance(done, Done)
+                    assert isinstance(done, ShardDone)
                     embedded.append(done.name)
                     if len(embedded) == 5:
                         opened: list[Any] = workers.opened()
@@ -55,7 +55,7 @@ def test_a_worker_that_is_killed_costs_only_the_shards_it_had(tmp_path: Path) ->
 
             return embed
 
-        encoder = describe("nano", device="cpu")
+        encoder = describe_encoder("nano", device="cpu")
         embed_with(encoder, corpus, tmp_path / "out", runner=killing(), shard_rows=4)
         assert workers.n_lost in (1, 2, 3)
     assert len(embedded) == len(set(embedded)) == 20

@@ -11,7 +11,7 @@ import pytest
 import gteopt
 from gteopt.corpus.jobs import RunShards
 from gteopt.corpus.ray_data import embed_on_ray
-from gteopt.encoder.description import describe
+from gteopt.encoder.description import describe_encoder
 from tests.support.embedding import TEXTS, embed_with, folder_bytes, write_jsonl
 
 pytest.importorskip("ray", reason="comes with the ray extra")
@@ -28,7 +28,7 @@ def test_a_cluster_that_loses_a_node_leaves_the_bytes_of_one_process(
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second_node = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
-    encoder = describe("nano", device="cpu")
+    encoder = describe_encoder("nano", device="cpu")
     embedded: list[str] = []
 
     def losing_a_node() -> RunShards:

@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import gteopt
-from gteopt.corpus.exports import Export, export
+from gteopt.corpus.exports import Export, export_embedding
 from gteopt.corpus.options import Code, VectorType
-from gteopt.corpus.plan import read_record
-from gteopt.corpus.storage import Folder
+from gteopt.corpus.plan import read_embedding_record
+from gteopt.corpus.storage import StorageFolder
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
 from tests.support.embedding import TEXTS, embed_with, stored, vectors, write_jsonl
@@ -142,9 +142,9 @@ def test_pgvector_takes_the_rows_and_finds_a_vector_by_itself(
 @pytest.mark.parametrize("form", ["faiss-flat", "faiss-hnsw", "faiss-ivf"])
 def test_a_faiss_index_finds_each_vector_by_itself(form: Export, folders: dict[Any, Path]) -> None:
     out = folders["float32", "list"]
-    record = read_record(Folder(out))
+    record = read_embedding_record(StorageFolder(out))
     assert record is not None
-    index_path, ids_path = export(Folder(out), record, [form])
+    index_path, ids_path = export_embedding(StorageFolder(out), record, [form])
     index = faiss.read_index(str(index_path), faiss.IO_FLAG_MMAP_IFC)
     rows = vectors(stored(out)).astype(np.float32)
     _, positions = index.search(rows, 1)
@@ -156,9 +156,9 @@ def test_npy_and_lance_hold_the_same_rows(folders: dict[Any, Path]) -> None:
     import lance
 
     out = folders["float16", "list"]
-    record = read_record(Folder(out))
+    record = read_embedding_record(StorageFolder(out))
     assert record is not None
-    array, table, ids = export(Folder(out), record, ["npy", "lance"])
+    array, table, ids = export_embedding(StorageFolder(out), record, ["npy", "lance"])
     expected = vectors(stored(out))
     assert np.load(array, mmap_mode="r").dtype == np.float16
     np.testing.assert_array_equal(np.load(array), expected)
@@ -171,9 +171,9 @@ def test_search_finds_a_document_by_its_text_with_and_without_an_index(
     folders: dict[Any, Path],
 ) -> None:
     out = folders["float32", "list"]
-    record = read_record(Folder(out))
+    record = read_embedding_record(StorageFolder(out))
     assert record is not None
-    export(Folder(out), record, ["faiss-flat"])
+    export_embedding(StorageFolder(out), record, ["faiss-flat"])
     (by_scan,) = gteopt.search(out, TEXTS[13], top=3, device="cpu")
     assert by_scan.hits[0].id == "d13"
     assert len(by_scan.hits) == 3

@@ -16,7 +16,7 @@ from urllib.request import urlopen
 import pytest
 
 import gteopt
-from gteopt.corpus.storage import Folder
+from gteopt.corpus.storage import StorageFolder
 from gteopt.errors import InputError
 from tests.support.embedding import embed_with, folder_bytes, write_jsonl
 
@@ -71,14 +71,14 @@ def test_a_bucket_holds_the_bytes_that_a_folder_would(bucket: Any, tmp_path: Pat
         out.write(corpus.read_bytes())
     report = embed_with(nano, ["s3://bucket/in/*.jsonl"], "s3://bucket/vectors", id="id")
     assert (report.n_embedded, report.shards_now) == (40, 3)
-    names = Folder("s3://bucket/vectors").names("data")
+    names = StorageFolder("s3://bucket/vectors").names("data")
     assert len(names) == 3
     bucket.delete_file(f"bucket/vectors/data/{names[1]}")
     again = embed_with(nano, ["s3://bucket/in/*.jsonl"], "s3://bucket/vectors", id="id")
     assert (again.shards_now, again.shards_before) == (1, 2)
     embed_with(nano, corpus, tmp_path / "out", id="id")
     local = folder_bytes(tmp_path / "out" / "data")
-    remote = {n: Folder("s3://bucket/vectors").read(f"data/{n}") for n in names}
+    remote = {n: StorageFolder("s3://bucket/vectors").read(f"data/{n}") for n in names}
     # Only the input's identity differs, because it holds the time of the last change.
     assert [len(content or b"") for content in remote.values()] == [len(c) for c in local.values()]
 
@@ -89,7 +89,7 @@ def test_a_shard_that_another_worker_wrote_first_stays(
 ) -> None:
     if library == "s3fs":
         pytest.importorskip("s3fs", reason="comes with the test extra")
-    folder = Folder(f"s3://bucket/first/{library.partition(' ')[0]}")
+    folder = StorageFolder(f"s3://bucket/first/{library.partition(' ')[0]}")
     if library == "pyarrow alone":
         monkeypatch.setitem(folder.__dict__, "_refusing", None)
     assert folder.create("data/a", b"first")
@@ -99,7 +99,7 @@ def test_a_shard_that_another_worker_wrote_first_stays(
 
 def test_one_of_several_writers_at_the_same_moment_wins(bucket: Any) -> None:
     pytest.importorskip("s3fs", reason="comes with the test extra")
-    folder = Folder("s3://bucket/moment")
+    folder = StorageFolder("s3://bucket/moment")
     with ThreadPoolExecutor(8) as pool:
         wrote = list(pool.map(lambda i: folder.create("data/a", b"%d" % i), range(8)))
     assert sum(wrote) == 1

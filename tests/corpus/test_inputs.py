@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from gteopt.corpus.inputs import find_corpus
-from gteopt.corpus.options import Template
-from gteopt.corpus.rows import Columns, RowReader, cut_rows
+from gteopt.corpus.options import TextTemplate
+from gteopt.corpus.rows import RowColumns, RowReader, cut_rows
 from gteopt.errors import InputError
 
 ROWS = [{"id": f"d{i}", "text": f"row {i}, żółw\n“two lines”" + "x" * i} for i in range(50)]
@@ -59,7 +59,7 @@ def read_in_shards(
     """Ids and texts by shard. Reading from the last shard to the first must give the same."""
     corpus = find_corpus([str(path)], role=role)
     files = {n: (file, corpus.places[file.name]) for n, file in enumerate(corpus.files)}
-    columns = Columns(Template(corpus.text or "text"), corpus.id or own_id)
+    columns = RowColumns(TextTemplate(corpus.text or "text"), corpus.id or own_id)
     shards = [
         shard
         for n, (file, place) in files.items()

@@ -24,16 +24,16 @@ from safetensors.numpy import load_file
 import gteopt
 from gteopt.cli.app import main
 from gteopt.config.recipe import Dims, VectorCode, Vectors
-from gteopt.corpus.shards import SHARD_TEXTS, Encodings, LocalEncoding
+from gteopt.corpus.shards import SHARD_TEXTS, LocalEncoding, ShardEncodings
 from gteopt.corpus.vector_cache import FORWARD_SCHEMA, VectorCache, vector_identity
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import UnsupportedError
-from gteopt.evaluation.compare import compare
-from gteopt.evaluation.fidelity import read_sample, write_sample
-from gteopt.evaluation.runner import EncodeOptions, run_suite, run_views
+from gteopt.evaluation.compare import compare_with_baseline
+from gteopt.evaluation.fidelity import read_fidelity_sample, write_fidelity_sample
+from gteopt.evaluation.runner import SuiteEncodeOptions, run_suite, run_views
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.views import view_of
-from gteopt.vectors.fit import fit
+from gteopt.vectors.fit import fit_vector_transform
 
 TASKS: tuple[dict[str, Any], ...] = (
     {"task": "MiniSTS", "subsets": ["en"]},
@@ -76,7 +76,7 @@ def test_a_cold_and_a_warm_cache_give_the_same_bits(nano: Encoder, tmp_path: Pat
     warm = VectorCache(nano, tmp_path)
     from_warm = warm.embed(texts[::-1], "query", "Find it.")[::-1]
     np.testing.assert_array_equal(from_cold, from_warm)
-    assert (cold.counts, warm.counts) == (Encodings(40, 40), Encodings(40, 0))
+    assert (cold.counts, warm.counts) == (ShardEncodings(40, 40), ShardEncodings(40, 0))
     plain = nano.embed(texts, role="query", instruction="Find it.")
     # Half a unit in the last place of float16, relative to the value.
     assert np.abs(from_cold - plain).max() <= 2**-11 * np.abs(plain).max()
@@ -97,7 +97,7 @@ def test_texts_that_the_model_cuts_are_counted_also_where_nothing_is_encoded(
     warm = VectorCache(encoder, tmp_path)
     for n in (1, 2):
         warm.embed(texts, "document", None)
-        assert warm.counts == Encodings(12 * n, 0, 2 * n)
+        assert warm.counts == ShardEncodings(12 * n, 0, 2 * n)
 
 
 def test_scores_are_the_same_bits_with_and_without_a_store(nano: Encoder, tmp_path: Path) -> None:
@@ -109,7 +109,10 @@ def test_scores_are_the_same_bits_with_and_without_a_store(nano: Encoder, tmp_pa
     warm = run_suite(nano, suite, store=tmp_path)
     assert cold.encodings == cold.encodings_now == without.encodings
     n_texts = cold.encodings.n_asked
-    assert (cold.encodings, warm.encodings) == (Encodings(n_texts, n_texts), Encodings(n_texts, 0))
+    assert (cold.encodings, warm.encodings) == (
+        ShardEncodings(n_texts, n_texts),
+        ShardEncodings(n_texts, 0),
+    )
     assert without.scores == cold.scores == warm.scores
     for side, sample in cold.fidelity_sample.items():
         np.testing.assert_array_equal(sample.vectors, warm.fidelity_sample[side].vectors)
@@ -121,7 +124,7 @@ def test_the_sample_of_cached_vectors_is_stored_in_16_bits_without_loss(
 ) -> None:
     run = run_suite(nano, suite_of(TASKS[0]), store=tmp_path)
     (path,) = tmp_path.glob("tasks/*/texts.safetensors")
-    for side, sample in read_sample(path).items():
+    for side, sample in read_fidelity_sample(path).items():
         np.testing.assert_array_equal(sample.vectors, run.fidelity_sample[side].vectors)
     assert path.stat().st_size < 1.2 * sum(
         sample.vectors.size * 2 + 32 * len(sample.digests)
@@ -130,8 +133,8 @@ def test_the_sample_of_cached_vectors_is_stored_in_16_bits_without_loss(
     exact = dict(run.fidelity_sample.items())
     side = next(iter(exact))
     third = exact[side].vectors / np.float32(3)  # needs more than 16 bits
-    write_sample(path, {side: type(exact[side])(exact[side].digests, third)})
-    np.testing.assert_array_equal(read_sample(path)[side].vectors, third)
+    write_fidelity_sample(path, {side: type(exact[side])(exact[side].digests, third)})
+    np.testing.assert_array_equal(read_fidelity_sample(path)[side].vectors, third)
 
 
 def test_artifacts_that_differ_only_in_their_vectors_share_one_cache(
@@ -310,7 +313,7 @@ def test_a_corpus_beyond_the_cache_is_kept_from_its_beginning(
     for _ in range(2):
         for salt in "abcd":
             cache.embed(texts_of(8, salt), "document", None)
-    assert cache.counts == Encodings(9 * 8, 4 * 8)
+    assert cache.counts == ShardEncodings(9 * 8, 4 * 8)
 
 
 def test_a_search_beyond_the_cache_encodes_its_corpus_once_for_all_views(
@@ -321,13 +324,15 @@ def test_a_search_beyond_the_cache_encodes_its_corpus_once_for_all_views(
     monkeypatch.setattr("gteopt.evaluation.mteb_model._CHUNK_TEXTS", 40)
     fitted = nano.embed(texts_of(64))
     views = [
-        view_of(nano, fit(fitted, Dims(n=dims), Vectors(code=code)), f"{dims}-{code}")
+        view_of(
+            nano, fit_vector_transform(fitted, Dims(n=dims), Vectors(code=code)), f"{dims}-{code}"
+        )
         for dims in (256, 32)
         for code in CODES
     ]
     suite = suite_of({"task": "MiniRetrieval"})
     narrow, ample = (
-        run_views(nano, suite, views, options=EncodeOptions(cache_bytes=n_bytes))
+        run_views(nano, suite, views, options=SuiteEncodeOptions(cache_bytes=n_bytes))
         for n_bytes in (1, 10**9)
     )
     n_texts = ample[0].encodings.n_asked
@@ -421,7 +426,7 @@ class Narrow(Encoder):
 def test_a_batch_that_does_not_fit_is_halved_and_said_once(nano: Encoder, tmp_path: Path) -> None:
     suite = suite_of(*TASKS[:2])
     narrow = Narrow(nano, 10)
-    run = run_suite(narrow, suite, options=EncodeOptions(batch_size=32))
+    run = run_suite(narrow, suite, options=SuiteEncodeOptions(batch_size=32))
     assert not run.failed
     (note,) = run.notes
     assert "batches of 32 texts do not fit" in note
@@ -451,7 +456,7 @@ def test_a_change_invalidates_exactly_what_it_touches(
     assert count_texts(nano, tmp_path, sts, bitext) == (0, 0)
     # The report counts the texts that the scores took, in whichever run that was.
     again = run_suite(nano, suite_of(sts, bitext), store=tmp_path)
-    assert again.encodings == Encodings(n_asked, n_encoded)
+    assert again.encodings == ShardEncodings(n_asked, n_encoded)
     # A changed suite: another order, a task fewer, a task more. Only the new task is run.
     assert count_texts(nano, tmp_path, bitext, sts) == (0, 0)
     assert count_texts(nano, tmp_path, bitext) == (0, 0)
@@ -478,9 +483,9 @@ def test_every_field_of_a_finished_tasks_key_changes_its_folder(
 ) -> None:
     """A change of any single field gives another folder. No other change does."""
     from gteopt.evaluation import task_store as finished
-    from gteopt.evaluation.tasks import resolve
+    from gteopt.evaluation.tasks import resolve_tasks
 
-    (task,) = resolve(suite_of(TASKS[0]), None)
+    (task,) = resolve_tasks(suite_of(TASKS[0]), None)
 
     def place(changed: Any = task, *, dtype: Any = "float16") -> Path:
         return finished.TaskFolder.of(nano, changed, tmp_path, dtype).folder
@@ -530,7 +535,7 @@ def test_a_part_of_an_aggregate_is_scored_apart_from_the_task_by_itself(
     """Their scores have other names; their vectors are the same."""
     from gteopt.evaluation import tasks
 
-    resolve = tasks.resolve
+    resolve = tasks.resolve_tasks
     sts = TASKS[0]
     n_asked, _ = count_texts(nano, tmp_path, sts)
     with monkeypatch.context() as patch:
@@ -538,7 +543,7 @@ def test_a_part_of_an_aggregate_is_scored_apart_from_the_task_by_itself(
         def as_part(*arguments: Any) -> list[Any]:
             return [replace(task, aggregate="MiniAll") for task in resolve(*arguments)]
 
-        patch.setattr(tasks, "resolve", as_part)
+        patch.setattr(tasks, "resolve_tasks", as_part)
         run = run_suite(nano, suite_of(sts), store=tmp_path)
         assert (run.encodings_now.n_asked, run.encodings_now.n_encoded) == (n_asked, 0)
         assert {(score.task, score.subset) for score in run.scores} == {("MiniAll", "MiniSTS")}
@@ -582,9 +587,9 @@ def test_scores_of_a_moved_store_name_the_machine_that_made_them(
     assert moved.versions["numpy"] == "1.9"
     assert moved.notes == ()
     # The variant's report says that the baseline was scored on another machine.
-    (note,) = compare(moved, local, variant_name="here").notes
+    (note,) = compare_with_baseline(moved, local, variant_name="here").notes
     assert note.startswith("the baseline was scored with gpu NVIDIA H100")
-    assert compare(local, local, variant_name="here").notes == ()
+    assert compare_with_baseline(local, local, variant_name="here").notes == ()
 
 
 def test_vectors_of_another_forward_pass_are_encoded_again(

@@ -17,18 +17,18 @@ import torch
 from safetensors.numpy import load_file
 
 import gteopt
-from gteopt.commands.evaluate import Grid, Setup, parse_grid, score
+from gteopt.commands.evaluate import EvaluationSetup, VectorGrid, evaluate_suite, parse_vector_grid
 from gteopt.corpus import shards
-from gteopt.corpus.ray_actors import ray_workers
+from gteopt.corpus.ray_actors import start_ray_workers
 from gteopt.corpus.shards import LocalEncoding, Shard
-from gteopt.corpus.workers import Job, Workers, local_workers
-from gteopt.encoder.description import describe
+from gteopt.corpus.workers import ScoreWorkers, WorkerJob, start_local_workers
+from gteopt.encoder.description import describe_encoder
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError, IntegrityError, NumericsError, UnsupportedError
-from gteopt.evaluation.runner import EncodeOptions, SuiteRun, run_suite
+from gteopt.evaluation.runner import SuiteEncodeOptions, SuiteRun, run_suite
 from gteopt.evaluation.suites import Suite
 from gteopt.machine import parse_devices
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 
 SUITE = Suite.model_validate(
     {
@@ -73,7 +73,7 @@ def cached(store: Path) -> dict[bytes, bytes]:
 
 
 def run_killing(
-    workers: Workers, store: Path, kill: Callable[[], None]
+    workers: ScoreWorkers, store: Path, kill: Callable[[], None]
 ) -> tuple[SuiteRun, list[str]]:
     """Run the suite and kill one worker after the second shard."""
     killed: list[str] = []
@@ -84,9 +84,9 @@ def run_killing(
             killed.append(what)
             kill()
 
-    encoder = describe("nano", device=workers.device)
+    encoder = describe_encoder("nano", device=workers.device)
     encode = workers.encoding(encoder, "nano", hub_dir=None, say=notes.append)
-    options = EncodeOptions(encode=encode)
+    options = SuiteEncodeOptions(encode=encode)
     run = run_suite(encoder, SUITE, store=store, options=options, progress=progress)
     assert killed
     return run, notes
@@ -107,7 +107,7 @@ def assert_same_bits(run: SuiteRun, store: Path, alone: tuple[SuiteRun, Path]) -
 def test_two_processes_of_which_one_is_killed_give_the_bits_of_one(
     alone: tuple[SuiteRun, Path], tmp_path: Path
 ) -> None:
-    with local_workers(["cpu", "cpu"]) as workers:
+    with start_local_workers(["cpu", "cpu"]) as workers:
 
         def kill() -> None:
             busy: Any = next(iter(workers.opened()))
@@ -132,7 +132,7 @@ def test_a_ray_cluster_that_is_not_there_is_told_with_what_starts_one(address: s
     pytest.importorskip("ray", reason="comes with the ray extra")
     expected = rf"--ray {re.escape(address)}: no Ray cluster(.|\n)*ray start --head"
     with pytest.raises(InputError, match=expected):
-        ray_workers(address, n_threads=1)
+        start_ray_workers(address, n_threads=1)
 
 
 def test_a_ray_cluster_of_which_one_node_is_killed_gives_the_bits_of_one_process(
@@ -146,7 +146,7 @@ def test_a_ray_cluster_of_which_one_node_is_killed_gives_the_bits_of_one_process
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     try:
-        with ray_workers(cluster.address, n_threads=1) as workers:
+        with start_ray_workers(cluster.address, n_threads=1) as workers:
             assert len(workers) == 2
 
             def kill() -> None:
@@ -204,7 +204,7 @@ def test_the_texts_of_tasks_are_known_in_advance_and_scores_stay_the_same(
     ]
     suite = SUITE.model_validate({"schema": "gteopt.suite/1", "name": "types", "tasks": tasks})
     listening = Listening(nano)
-    run = run_suite(nano, suite, store=tmp_path, options=EncodeOptions(encode=listening))
+    run = run_suite(nano, suite, store=tmp_path, options=SuiteEncodeOptions(encode=listening))
     assert not run.failed
     assert listening.expected == listening.asked
     assert len(set(listening.asked)) == len(listening.asked) > 40
@@ -215,17 +215,17 @@ def test_the_texts_of_tasks_are_known_in_advance_and_scores_stay_the_same(
     assert again.scores == run.scores
 
 
-@pytest.mark.parametrize("grid", [None, parse_grid("128", "float32,int8")])
+@pytest.mark.parametrize("grid", [None, parse_vector_grid("128", "float32,int8")])
 def test_the_next_variant_is_begun_before_the_last_one_is_scored(
-    grid: Grid | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    grid: VectorGrid | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sources = {"base": "nano", "eight": str(tmp_path / "eight")}
     gteopt.quantize("nano", "rtn-int8", sources["eight"], device="cpu")
     begun: list[str] = []
     at_comparison: list[int] = []
-    submit = Workers.submit
+    submit = ScoreWorkers.submit
 
-    def noting(self: Workers, job: Job, shard: Shard) -> Any:
+    def noting(self: ScoreWorkers, job: WorkerJob, shard: Shard) -> Any:
         begun.append(job.source)
         return submit(self, job, shard)
 
@@ -233,16 +233,20 @@ def test_the_next_variant_is_begun_before_the_last_one_is_scored(
         if what.startswith("base: comparing"):
             at_comparison.append(begun.count(sources["eight"]))
 
-    monkeypatch.setattr(Workers, "submit", noting)
-    with local_workers(["cpu"]) as workers:
-        setup = Setup(device="cpu", workers=workers, grid=grid)
-        with_workers = score(sources, SUITE, tmp_path / "there", how=setup, progress=progress)
+    monkeypatch.setattr(ScoreWorkers, "submit", noting)
+    with start_local_workers(["cpu"]) as workers:
+        setup = EvaluationSetup(device="cpu", workers=workers, grid=grid)
+        with_workers = evaluate_suite(
+            sources, SUITE, tmp_path / "there", how=setup, progress=progress
+        )
     # Every shard is begun once. The second model's shards follow those of the first model.
     n_shards = begun.count("nano")
     assert begun == ["nano"] * n_shards + [sources["eight"]] * n_shards
     assert set(at_comparison) == {4}
-    setup_alone = Setup(device="cpu", grid=grid)
-    without_workers = score(sources, SUITE, tmp_path / "here", how=setup_alone, progress=quiet)
+    setup_alone = EvaluationSetup(device="cpu", grid=grid)
+    without_workers = evaluate_suite(
+        sources, SUITE, tmp_path / "here", how=setup_alone, progress=ignore_progress
+    )
     assert cached(tmp_path / "there" / "scores") == cached(tmp_path / "here" / "scores")
     for name, report in without_workers.items():
         assert with_workers[name].tasks == report.tasks
@@ -258,26 +262,26 @@ def test_what_a_worker_raises_is_raised_here_and_it_lives_on(nano: Encoder, tmp_
     weights = {name: torch.full_like(tensor, torch.nan) for name, tensor in weights.items()}
     safetensors.torch.save_file(weights, folder / "model.safetensors")
     shard = Shard("document", None, ("a text",))
-    with local_workers(["cpu"]) as workers:
-        encoder = describe(folder, device="cpu")
+    with start_local_workers(["cpu"]) as workers:
+        encoder = describe_encoder(folder, device="cpu")
         with pytest.raises(NumericsError, match="NaN"):
-            list(workers.encoding(encoder, str(folder), hub_dir=None)([shard], quiet))
+            list(workers.encoding(encoder, str(folder), hub_dir=None)([shard], ignore_progress))
         # The expected hash is another model's, as on a node with other files.
         elsewhere = workers.encoding(encoder, "nano", hub_dir=None)
         with pytest.raises(IntegrityError, match="holds other files"):
-            list(elsewhere([shard], quiet))
+            list(elsewhere([shard], ignore_progress))
         # An error that gteopt does not foresee: torch refuses to compute without a thread.
         unforeseen = workers.encoding(nano, "nano", hub_dir=None)
         unforeseen._job = replace(unforeseen._job, n_threads=0)
         with pytest.raises(UnsupportedError, match=r"RuntimeError: set_num_threads expects"):
-            list(unforeseen([shard], quiet))
-        ((_, vectors),) = workers.encoding(nano, "nano", hub_dir=None)([shard], quiet)
+            list(unforeseen([shard], ignore_progress))
+        ((_, vectors),) = workers.encoding(nano, "nano", hub_dir=None)([shard], ignore_progress)
         assert workers.n_lost == 0
     np.testing.assert_array_equal(vectors, nano.embed(["a text"]))
 
 
 def test_an_encoder_that_is_only_described_knows_all_but_its_weights(nano: Encoder) -> None:
-    description = describe("nano", device="cpu")
+    description = describe_encoder("nano", device="cpu")
     assert (description.sha256, description.full_dims, description.dtype) == (
         nano.sha256,
         256,

@@ -20,7 +20,7 @@ import gteopt
 from gteopt.config.recipe import LayerScheme
 from gteopt.encoder.description import parse_dtype
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import empty_
+from gteopt.encoder.loading import unload_weights_
 from gteopt.encoder.packed_weights import swap_linear_
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.model.checkpoint import _hash_unchanged, open_checkpoint
@@ -265,7 +265,7 @@ def test_a_block_that_is_emptied_frees_what_libraries_hold_of_its_packed_layers(
     packed = pack(quantize_rtn(linear.weight, scheme))
     swap_linear_(encoder.module, name, packed, None, torch.device("cpu"), torch.float32)
     held = weakref.ref(encoder.module.get_submodule(name))
-    empty_(encoder, "layers.0")
+    unload_weights_(encoder, "layers.0")
     gc.collect()
     assert held() is None
     assert all(p.is_meta for p in encoder.module.get_submodule("layers.0").parameters())

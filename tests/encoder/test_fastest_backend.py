@@ -12,18 +12,18 @@ import torch
 
 import gteopt
 import gteopt.encoder.fastest_backend
-from gteopt.commands.evaluate import Setup, compare_texts
+from gteopt.commands.evaluate import EvaluationSetup, evaluate_texts
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.corpus.vector_cache import vector_identity
-from gteopt.encoder.description import AskedBackend, RuntimeOptions, taken_backend
+from gteopt.encoder.description import AskedBackend, RuntimeOptions, resolve_backend
 from gteopt.encoder.fastest_backend import _Blocks, choose_backend, fastest_backend
-from gteopt.encoder.packed_weights import quantized_layers
+from gteopt.encoder.packed_weights import list_quantized_layers
 from gteopt.errors import UnsupportedError
 from gteopt.kernels.measured import DETERMINISTIC, LayerTimes
-from gteopt.machine import machine
+from gteopt.machine import describe_machine
 from gteopt.model.checkpoint import open_checkpoint
-from gteopt.progress import quiet
-from gteopt.speed.protocol import bench
+from gteopt.progress import ignore_progress
+from gteopt.speed.protocol import run_bench_protocol
 
 CPU = torch.device("cpu")
 TEXTS = ["A bridge.", "Photosynthesis turns light into sugar, in every leaf of a plant."]
@@ -74,7 +74,9 @@ def test_both_backends_are_timed_on_blocks_of_the_model(recipe: str, tmp_path: P
     times = blocks.measure()
     assert times.few.keys() == times.many.keys() == {"torch", "openvino"}
     assert min(*times.few.values(), *times.many.values()) > 0
-    assert len(blocks.schemes) == len(quantized_layers(checkpoint))  # the nano is measured whole
+    assert len(blocks.schemes) == len(
+        list_quantized_layers(checkpoint)
+    )  # the nano is measured whole
     taken = fastest_backend(checkpoint, CPU, torch.float32, folder=tmp_path / "times")
     assert taken.backend in ("torch", "openvino")
     assert "of torch's time" in str(taken.reason)
@@ -114,8 +116,8 @@ def test_torch_is_taken_where_openvino_cannot_compute_it_and_the_reason_is_said(
     foreign = replace(checkpoint, manifest=None, config=packed)
     reasons["another library quantized"] = fastest_backend(foreign, CPU, torch.bfloat16)
     with monkeypatch.context() as patch:
-        small = machine().model_copy(update={"memory_bytes": 1000})
-        patch.setattr(gteopt.encoder.fastest_backend, "machine", lambda: small)
+        small = describe_machine().model_copy(update={"memory_bytes": 1000})
+        patch.setattr(gteopt.encoder.fastest_backend, "describe_machine", lambda: small)
         reasons["too little memory"] = fastest_backend(checkpoint, CPU, torch.bfloat16)
     with monkeypatch.context() as patch:
         patch.setattr(gteopt.encoder.fastest_backend, "find_spec", lambda name: None)
@@ -151,7 +153,7 @@ def test_load_computes_as_if_the_user_had_named_what_auto_takes(
     assert vector_identity(auto) == vector_identity(named)
     np.testing.assert_array_equal(auto.encode(TEXTS), named.encode(TEXTS))
     options = RuntimeOptions(backend="auto")
-    assert taken_backend(auto.checkpoint, options).backend == backend
+    assert resolve_backend(auto.checkpoint, options).backend == backend
     assert gteopt.inspect(int8, backend="auto").backend == backend
     assert gteopt.inspect(int8).backend is None
 
@@ -167,7 +169,9 @@ def test_a_bench_takes_a_backend_for_each_variant_and_its_record_says_why(
         repeats=1,
         workloads=(Workload(batch_size=2, tokens=16),),
     )
-    report = bench({"nano": "nano", "int8": str(int8)}, baseline="nano", spec=spec, backend="auto")
+    report = run_bench_protocol(
+        {"nano": "nano", "int8": str(int8)}, baseline="nano", spec=spec, backend="auto"
+    )
     assert report.versions["backend"] == "auto"
     base, variant = report.variants["nano"], report.variants["int8"]
     assert (base.backend, base.backend_reason) == ("torch", None)
@@ -185,7 +189,9 @@ def test_an_evaluation_says_what_auto_took_and_its_baseline_is_torchs(
     sources = {"nano": "nano", "int8": str(int8)}
     asked: tuple[AskedBackend, ...] = ("auto", "openvino")
     found = {
-        each: compare_texts(sources, texts, None, how=Setup(backend=each), progress=quiet)
+        each: evaluate_texts(
+            sources, texts, None, how=EvaluationSetup(backend=each), progress=ignore_progress
+        )
         for each in asked
     }
     auto, named = found["auto"]["int8"], found["openvino"]["int8"]

@@ -10,7 +10,7 @@ import torch
 
 import gteopt
 from gteopt.encoder import encoder as encoder_module
-from gteopt.encoder.fetch import Fetch
+from gteopt.encoder.fetch import HostFetch
 
 
 def test_a_batchs_copy_is_under_way_before_the_next_batch_is_started(
@@ -30,7 +30,7 @@ def test_a_batchs_copy_is_under_way_before_the_next_batch_is_started(
         order.append(f"start {numbers[vectors.data_ptr()]}")
         return vectors
 
-    class Recorded(Fetch):
+    class Recorded(HostFetch):
         def __init__(self, vectors: torch.Tensor) -> None:
             self.number = numbers[vectors.data_ptr()]
             order.append(f"copy {self.number}")
@@ -41,7 +41,7 @@ def test_a_batchs_copy_is_under_way_before_the_next_batch_is_started(
             return super().wait()
 
     monkeypatch.setattr(encoder, "forward", started)
-    monkeypatch.setattr(encoder_module, "Fetch", Recorded)
+    monkeypatch.setattr(encoder_module, "HostFetch", Recorded)
     np.testing.assert_array_equal(encoder.encode(texts, batch_size=2), expected)
     assert order == [
         *("start 0", "copy 0", "start 1", "copy 1", "wait 0"),
@@ -51,13 +51,13 @@ def test_a_batchs_copy_is_under_way_before_the_next_batch_is_started(
 
 def test_on_the_host_nothing_is_copied() -> None:
     vectors = torch.randn(2, 3)
-    assert Fetch(vectors).wait() is vectors
+    assert HostFetch(vectors).wait() is vectors
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpus_vectors_are_those_of_the_batch_whatever_is_started_behind() -> None:
     first = torch.randn(64, 3584, device="cuda")
-    fetch = Fetch(first * 2)
+    fetch = HostFetch(first * 2)
     for _ in range(20):
         torch.randn(2048, 2048, device="cuda") @ torch.randn(2048, 2048, device="cuda")
     fetched = fetch.wait()

@@ -18,8 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gteopt.config.recipe import LayerScheme
 from gteopt.encoder import forward as runtime
-from gteopt.encoder.forward import operations, padded_forward, reads_one_token, unpadded_forward
-from gteopt.encoder.pooling import pool
+from gteopt.encoder.forward import (
+    count_forward_operations,
+    padded_forward,
+    reads_one_token,
+    unpadded_forward,
+)
+from gteopt.encoder.pooling import pool_token_vectors
 from gteopt.kernels import make_linear, speed_up_linears_
 from gteopt.kernels.reference import DequantLinear, PackedEmbedding
 from gteopt.model.families import Pooling
@@ -52,7 +57,7 @@ def own_forward(module: nn.Module, pooling: Pooling) -> Tensor:
     for ids in TOKENS:
         row, mask = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64)
         hidden = module(input_ids=row, attention_mask=mask).last_hidden_state
-        vectors.append(pool(hidden, mask, pooling))
+        vectors.append(pool_token_vectors(hidden, mask, pooling))
     return torch.cat(vectors)
 
 
@@ -68,7 +73,9 @@ def test_operations_are_those_that_torch_counts(name: str, pooling: Pooling) -> 
         forward(module, TOKENS)
     lengths = [len(ids) for ids in TOKENS]
     alone = reads_one_token(config, pooling)
-    assert counter.get_total_flops() == operations(module, config, lengths, one_token=alone)
+    assert counter.get_total_flops() == count_forward_operations(
+        module, config, lengths, one_token=alone
+    )
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 import gteopt.encoder.openvino
-from gteopt.commands.evaluate import Setup, compare_texts
+from gteopt.commands.evaluate import EvaluationSetup, evaluate_texts
 from gteopt.commands.export import export_openvino
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.config.recipe import Calibration, LayerScheme, load_recipe
 from gteopt.corpus.vector_cache import vector_identity
 from gteopt.encoder.description import Backend
-from gteopt.encoder.openvino import OpenVinoModel, Weights
+from gteopt.encoder.openvino import OpenVinoModel, OpenVinoWeights
 from gteopt.errors import InputError, UnsupportedError
 from gteopt.formats.packed import ReadLayer
 from gteopt.model.families import Pooling
-from gteopt.progress import quiet
+from gteopt.progress import ignore_progress
 from gteopt.quant.affine import pack, quantize_rtn
-from gteopt.speed.protocol import bench
+from gteopt.speed.protocol import run_bench_protocol
 from tests.support.random_models import random_module
 
 SIZES = {
@@ -94,7 +94,7 @@ def quantized(module: Any, scheme: LayerScheme) -> dict[str, ReadLayer]:
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_the_graph_computes_what_the_module_does(name: str) -> None:
     module = random_module(CONFIGS[name])
-    weights = Weights(module.state_dict())
+    weights = OpenVinoWeights(module.state_dict())
     graph = OpenVinoModel(
         {**CONFIGS[name], **module.config.to_dict()}, weights, dtype=torch.float32
     )
@@ -110,7 +110,7 @@ def test_the_last_block_computes_one_token_where_pooling_reads_one(
 ) -> None:
     module = random_module(CONFIGS[name])
     config = {**CONFIGS[name], **module.config.to_dict()}
-    weights = Weights(module.state_dict())
+    weights = OpenVinoWeights(module.state_dict())
     graph = OpenVinoModel(config, weights, dtype=torch.float32, reads=pooling)
     hidden, at = graph(*padded()), -1 if pooling == "lasttoken" else 0
     sees_itself_alone = pooling == "cls" and name in ("qwen2 causal", "mistral")
@@ -128,7 +128,7 @@ def test_packed_weights_stand_for_the_same_numbers(
     module = random_module(CONFIGS["qwen2"])
     packed = quantized(module, SCHEMES[name])
     config = {**CONFIGS["qwen2"], **module.config.to_dict()}
-    graph = OpenVinoModel(config, Weights(module.state_dict(), packed), dtype=torch.float32)
+    graph = OpenVinoModel(config, OpenVinoWeights(module.state_dict(), packed), dtype=torch.float32)
     hidden = graph(*padded())
     for row, length, expected in zip(hidden, LENGTHS, alone(module), strict=True):
         assert (row[:length] - expected).norm() < 2e-5 * expected.norm()
@@ -141,7 +141,7 @@ def test_codes_stay_packed() -> None:
     packed = quantized(module, SCHEMES["4 bits"])
     graph = OpenVinoModel(
         {**CONFIGS["qwen2"], **module.config.to_dict()},
-        Weights(module.state_dict(), packed),
+        OpenVinoWeights(module.state_dict(), packed),
         dtype=torch.float32,
     )
     packed_names = {f"{name}.weight" for name in packed}
@@ -163,7 +163,7 @@ def test_act_order_reaches_the_right_columns() -> None:
         packed[name] = replace(read, order=order)
     graph = OpenVinoModel(
         {**CONFIGS["bert"], **module.config.to_dict()},
-        Weights(module.state_dict(), packed),
+        OpenVinoWeights(module.state_dict(), packed),
         dtype=torch.float32,
     )
     hidden = graph(*padded())
@@ -279,7 +279,9 @@ def test_variants_are_judged_on_it_and_the_baseline_on_torch(
     texts.write_text("\n".join(lines), encoding="utf-8")
     sources = {"nano": "nano", "int8": str(artifact)}
     close = {
-        backend: compare_texts(sources, texts, None, how=Setup(backend=backend), progress=quiet)
+        backend: evaluate_texts(
+            sources, texts, None, how=EvaluationSetup(backend=backend), progress=ignore_progress
+        )
         for backend in BACKENDS
     }
     assert close["openvino"]["nano"].fidelity == close["torch"]["nano"].fidelity
@@ -297,7 +299,7 @@ def test_a_bench_says_what_ran_where(artifact: Path) -> None:
         workloads=(Workload(batch_size=2, tokens=16),),
     )
     sources = {"nano": "nano", "int8": str(artifact)}
-    report = bench(sources, baseline="nano", spec=spec, backend="openvino")
+    report = run_bench_protocol(sources, baseline="nano", spec=spec, backend="openvino")
     assert report.variants["int8"].kernels == {"openvino.int8": 28}
     assert not any("openvino" in kernel for kernel in report.variants["nano"].kernels)
     assert report.versions["backend"] == "openvino"
@@ -355,7 +357,7 @@ def test_what_openvino_cannot_compute_is_refused(artifact: Path, tmp_path: Path)
     with pytest.raises(UnsupportedError, match=r"layers\.0\..* is e4m3; use backend torch"):
         gteopt.load(tmp_path / "fp8", backend="openvino")
     with pytest.raises(UnsupportedError, match="and this is a qwen3 one"):
-        OpenVinoModel({"model_type": "qwen3"}, Weights({}), dtype=torch.float32)
+        OpenVinoModel({"model_type": "qwen3"}, OpenVinoWeights({}), dtype=torch.float32)
     wide = {**CONFIGS["qwen2"], "rope_scaling": {"rope_type": "yarn"}}
     with pytest.raises(UnsupportedError, match="usual settings"):
-        OpenVinoModel(wide, Weights({}), dtype=torch.float32)
+        OpenVinoModel(wide, OpenVinoWeights({}), dtype=torch.float32)

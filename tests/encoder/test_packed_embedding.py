@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import gteopt
-from gteopt.build.estimate import estimate
+from gteopt.build.estimate import estimate_builds
 from gteopt.build.layer_plan import plan_layers
 from gteopt.config.recipe import LayerScheme, Recipe, load_recipe
 from gteopt.errors import InputError
@@ -58,7 +58,7 @@ def test_the_table_takes_a_byte_a_number_on_disk_and_in_memory(
     assert stored["embed_tokens.qweight"].shape == table
     encoder, other = gteopt.load(folder / "small"), gteopt.load(folder / "full")
     assert other.weight_bytes - encoder.weight_bytes == saved
-    predicted = next(iter(estimate(open_checkpoint("nano"), [small.recipe])))
+    predicted = next(iter(estimate_builds(open_checkpoint("nano"), [small.recipe])))
     # The 4-bit CPU kernel's grid takes more than packed zero points do.
     assert predicted.weight_bytes == pytest.approx(encoder.weight_bytes, rel=0.006)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gteopt.evaluation.chance import chance_notes, chance_of, counted, random_ranking
+from gteopt.evaluation.chance import chance_notes, chance_of, random_ranking, scores_above_chance
 from gteopt.evaluation.per_item_scores import Samples
 from gteopt.evaluation.predictions import TREC
 from gteopt.records.evaluation import TaskScore
@@ -125,11 +125,11 @@ def task(name: str, *, above: bool | None) -> TaskScore:
 
 def test_the_mean_is_over_what_is_above_chance_and_the_rest_is_named() -> None:
     tasks = [task("A", above=True), task("B", above=False), task("C", above=None)]
-    assert [score.task for score in counted(tasks)] == ["A", "C"]
+    assert [score.task for score in scores_above_chance(tasks)] == ["A", "C"]
     (note,) = chance_notes(tasks)
     assert "B (1.2, chance 0.0)" in note
     assert "A" not in note.replace("--languages", "")
     # If no task is above chance, the mean is over all. The note says that it means nothing.
-    assert counted([task("B", above=False)]) == [task("B", above=False)]
+    assert scores_above_chance([task("B", above=False)]) == [task("B", above=False)]
     assert "say nothing" in chance_notes([task("B", above=False)])[0]
     assert chance_notes([task("A", above=True)]) == ()

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 import gteopt
-from gteopt.commands.choose import judge
-from gteopt.commands.evaluate import Setup, score
+from gteopt.commands.choose import choose_by_policy
+from gteopt.commands.evaluate import EvaluationSetup, evaluate_suite
 from gteopt.config.policy import load_policy
 from gteopt.config.recipe import Recipe
 from gteopt.errors import InputError
 from gteopt.evaluation.runner import run_suite
-from gteopt.evaluation.suites import Suite, read_suite, with_data
-from gteopt.progress import quiet
+from gteopt.evaluation.suites import Suite, add_own_task, read_suite
+from gteopt.progress import ignore_progress
 
 SUITE = Suite.model_validate(
     {
@@ -83,14 +83,14 @@ def test_results_of_changed_data_in_one_folder_are_refused_in_words(tmp_path: Pa
     gteopt.quantize("nano", Recipe.model_validate(recipe), artifact, device="cpu")
     for variant, n_rows in (("before", 20), ("after", 24)):
         pairs.write_text("\n".join(["sentence1,sentence2,score", *rows[:n_rows], ""]))
-        score(
+        evaluate_suite(
             {"nano": "nano", variant: str(artifact)},
-            with_data(None, pairs),
+            add_own_task(None, pairs),
             tmp_path / "results",
-            how=Setup(device="cpu"),
-            progress=quiet,
+            how=EvaluationSetup(device="cpu"),
+            progress=ignore_progress,
         )
     with pytest.raises(InputError) as caught:
-        judge(tmp_path / "results", load_policy("balanced"))
+        choose_by_policy(tmp_path / "results", load_policy("balanced"))
     assert "the evaluations are of 2 suites: own " in str(caught.value)
     assert "repeat the outdated measurements" in str(caught.value)

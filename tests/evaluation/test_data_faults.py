@@ -10,7 +10,7 @@ import pytest
 
 from gteopt.errors import InputError
 from gteopt.evaluation.suites import Suite
-from gteopt.evaluation.tasks import load_data, resolve
+from gteopt.evaluation.tasks import load_task_data, resolve_tasks
 
 Rows = list[dict[str, Any]]
 PAIRS: Rows = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": float(i)} for i in range(4)]
@@ -101,6 +101,6 @@ def test_each_fault_of_the_data_is_named(
     entry = {"task": task, "splits": ["test"]}
     suite = Suite.model_validate({"schema": "gteopt.suite/1", "name": "test", "tasks": [entry]})
     with pytest.raises(InputError) as caught:
-        load_data(resolve(suite, tmp_path))
+        load_task_data(resolve_tasks(suite, tmp_path))
     assert expected in str(caught.value)
     assert str(tmp_path / data) in str(caught.value)

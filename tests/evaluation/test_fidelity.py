@@ -12,18 +12,18 @@ from scipy.stats import rankdata
 from gteopt.config.recipe import Dims, Vectors
 from gteopt.errors import InputError, IntegrityError
 from gteopt.evaluation.fidelity import (
-    Sampler,
+    FidelitySampler,
     Side,
     SideVectors,
-    digest_of,
-    fidelity,
-    most_changed,
-    read_sample,
-    sample_of,
-    write_sample,
+    make_fidelity_sample,
+    most_changed_texts,
+    read_fidelity_sample,
+    score_fidelity,
+    text_digest,
+    write_fidelity_sample,
 )
-from gteopt.vectors.fit import fit
-from gteopt.vectors.transform import identity
+from gteopt.vectors.fit import fit_vector_transform
+from gteopt.vectors.transform import identity_transform
 
 DIMS = 32
 
@@ -56,7 +56,7 @@ def alike() -> dict[Side, SideVectors]:
 @pytest.mark.parametrize("suite", ["search", "alike"])
 def test_identical_vectors_score_one_everywhere(suite: str, request: pytest.FixtureRequest) -> None:
     sample = request.getfixturevalue(suite)
-    result = fidelity(sample, sample, identity(DIMS))
+    result = score_fidelity(sample, sample, identity_transform(DIMS))
     assert result.mean_cosine == pytest.approx(1, abs=1e-6)
     assert result.p1_cosine == pytest.approx(1, abs=1e-6)
     assert result.neighbour_overlap == 1
@@ -72,7 +72,7 @@ def test_a_rotation_keeps_neighbours_and_ranks_but_not_the_cosine(
         name: SideVectors(sample.digests, unit(sample.vectors @ rotation))
         for name, sample in search.items()
     }
-    result = fidelity(search, rotated, identity(DIMS))
+    result = score_fidelity(search, rotated, identity_transform(DIMS))
     assert result.neighbour_overlap > 0.999  # float32 may swap two neighbours at the border
     assert result.spearman > 0.99999
     assert abs(result.mean_cosine) < 0.3
@@ -81,7 +81,7 @@ def test_a_rotation_keeps_neighbours_and_ranks_but_not_the_cosine(
 def test_shuffled_vectors_share_neighbours_only_by_chance() -> None:
     x = texts(4, 500, n_clusters=500)
     shuffled = x[np.random.default_rng(5).permutation(len(x))]
-    result = fidelity({"text": side(x)}, {"text": side(shuffled)}, identity(DIMS))
+    result = score_fidelity({"text": side(x)}, {"text": side(shuffled)}, identity_transform(DIMS))
     chance = 10 / (len(x) - 1)
     assert result.neighbour_overlap == pytest.approx(chance, abs=0.01)
     assert abs(result.spearman) < 0.05
@@ -97,8 +97,8 @@ def test_search_fidelity_equals_brute_force_on_the_stored_codes(
         for name, sample in search.items()
     }
     vectors = Vectors.model_validate({"code": code, "rescore": 4})
-    transform = fit(texts(7, 500), Dims(n=16), vectors)
-    result = fidelity(search, variant, transform)
+    transform = fit_vector_transform(texts(7, 500), Dims(n=16), vectors)
+    result = score_fidelity(search, variant, transform)
 
     base_q, base_d = (search[name].vectors.astype(np.float64) for name in ("query", "document"))
     z_q, z_d = (transform.project(variant[name].vectors) for name in ("query", "document"))
@@ -146,7 +146,7 @@ def test_cutting_a_vector_costs_the_cosine_that_its_other_dimensions_hold(
 ) -> None:
     x = alike["text"].vectors
     cosines = np.linalg.norm(x[:, :8], axis=1)  # a unit vector's cosine with its part
-    result = fidelity(alike, alike, identity(DIMS, kept=8))
+    result = score_fidelity(alike, alike, identity_transform(DIMS, kept=8))
     assert result.mean_cosine == pytest.approx(cosines.mean(), abs=1e-6)
     assert result.p1_cosine == pytest.approx(np.percentile(cosines, 1), abs=1e-6)
     assert result.mean_cosine < 0.7
@@ -157,22 +157,22 @@ def test_a_text_is_never_its_own_neighbour() -> None:
     # The variant separates the twins.
     x = texts(8, 100, n_clusters=100)
     twins = np.concatenate([x, x])
-    result = fidelity({"text": side(twins)}, {"text": side(twins)}, identity(DIMS))
+    result = score_fidelity({"text": side(twins)}, {"text": side(twins)}, identity_transform(DIMS))
     assert result.neighbour_overlap == 1
     apart = np.concatenate([x, -x])
-    result = fidelity({"text": side(twins)}, {"text": side(apart)}, identity(DIMS))
+    result = score_fidelity({"text": side(twins)}, {"text": side(apart)}, identity_transform(DIMS))
     assert result.neighbour_overlap < 0.6
 
 
 def test_collapsed_vectors_have_no_rank_correlation(alike: dict[Side, SideVectors]) -> None:
     collapsed = np.tile(alike["text"].vectors[:1], (300, 1))
-    result = fidelity(alike, {"text": side(collapsed)}, identity(DIMS))
+    result = score_fidelity(alike, {"text": side(collapsed)}, identity_transform(DIMS))
     assert result.spearman == 0
 
 
 def test_only_texts_that_both_encoded_are_compared(alike: dict[Side, SideVectors]) -> None:
     half = SideVectors(alike["text"].digests[100:][::-1], alike["text"].vectors[100:][::-1])
-    result = fidelity(alike, {"text": half}, identity(DIMS))
+    result = score_fidelity(alike, {"text": half}, identity_transform(DIMS))
     assert result.n_texts == 200
     assert result.mean_cosine == pytest.approx(1, abs=1e-6)
 
@@ -180,12 +180,12 @@ def test_only_texts_that_both_encoded_are_compared(alike: dict[Side, SideVectors
 def test_models_of_different_width_are_refused(alike: dict[Side, SideVectors]) -> None:
     narrow: dict[Side, SideVectors] = {"text": side(alike["text"].vectors[:, :16])}
     with pytest.raises(InputError, match=r"16 dimensions, but the baseline's has 32"):
-        fidelity(alike, narrow, identity(16))
+        score_fidelity(alike, narrow, identity_transform(16))
 
 
 def test_nothing_in_common_is_an_error(alike: dict[Side, SideVectors]) -> None:
     with pytest.raises(InputError, match="at least two texts"):
-        fidelity(alike, {}, identity(DIMS))
+        score_fidelity(alike, {}, identity_transform(DIMS))
 
 
 def test_the_sample_depends_on_the_texts_alone() -> None:
@@ -194,7 +194,7 @@ def test_the_sample_depends_on_the_texts_alone() -> None:
     order = np.random.default_rng(10).permutation(300)
 
     def sampled(positions: npt.NDArray[np.intp], chunk: int) -> dict[Side, SideVectors]:
-        sampler = Sampler({"text": 50})
+        sampler = FidelitySampler({"text": 50})
         for start in range(0, len(positions), chunk):
             part = positions[start : start + chunk]
             sampler.offer("text", [names[i] for i in part], "", x[part])
@@ -205,7 +205,7 @@ def test_the_sample_depends_on_the_texts_alone() -> None:
     np.testing.assert_array_equal(in_order["text"].vectors, shuffled["text"].vectors)
     assert len(in_order["text"].digests) == 50
     # Merging the samples of two halves gives the sample of all texts.
-    merged = Sampler({"text": 50})
+    merged = FidelitySampler({"text": 50})
     merged.merge(sampled(order[:150], 150))
     merged.merge(sampled(order[150:], 150))
     assert merged.sample()["text"].digests == in_order["text"].digests
@@ -213,28 +213,28 @@ def test_the_sample_depends_on_the_texts_alone() -> None:
 
 def test_the_record_says_among_how_many_texts_neighbours_were_looked_for() -> None:
     small, n_all = 30, 40_000
-    sampler = Sampler()
+    sampler = FidelitySampler()
     sampler.offer("query", [f"query {i}" for i in range(small)], "", texts(11, small))
     document = texts(12, 1)
     documents = np.broadcast_to(document, (n_all, DIMS))
     sampler.offer("document", [f"document {i}" for i in range(n_all)], "", documents)
     sampler.offer("document", [f"document {i}" for i in range(n_all)], "", documents)  # again
-    result = fidelity(sampler.sample(), sampler.sample(), identity(DIMS))
+    result = score_fidelity(sampler.sample(), sampler.sample(), identity_transform(DIMS))
     assert (result.n_queries, result.n_documents) == (small, 2000)
     # Four standard errors of the estimate from 2000 digests.
     assert result.n_all_documents == pytest.approx(n_all, rel=4 / np.sqrt(1998))
     assert result.among.startswith("of 30 queries among 2,000 of about 4")
-    alone = Sampler()
+    alone = FidelitySampler()
     alone.offer("text", [f"text {i}" for i in range(small)], "", texts(13, small))
-    alone_result = fidelity(alone.sample(), alone.sample(), identity(DIMS))
+    alone_result = score_fidelity(alone.sample(), alone.sample(), identity_transform(DIMS))
     assert alone_result.among == "of 30 queries among 30 documents, tasks pooled"
 
 
 def test_a_sample_survives_the_disk_bit_for_bit(
     tmp_path: Path, search: dict[Side, SideVectors]
 ) -> None:
-    write_sample(tmp_path / "texts.safetensors", search)
-    back = read_sample(tmp_path / "texts.safetensors")
+    write_fidelity_sample(tmp_path / "texts.safetensors", search)
+    back = read_fidelity_sample(tmp_path / "texts.safetensors")
     assert back.keys() == search.keys()
     for name, sample in search.items():
         assert back[name].digests == sample.digests
@@ -243,19 +243,22 @@ def test_a_sample_survives_the_disk_bit_for_bit(
 
 def test_a_cut_sample_is_refused(tmp_path: Path, search: dict[Side, SideVectors]) -> None:
     path = tmp_path / "texts.safetensors"
-    write_sample(path, search)
+    write_fidelity_sample(path, search)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(IntegrityError, match="delete it"):
-        read_sample(path)
+        read_fidelity_sample(path)
 
 
 def test_examples_are_the_texts_that_keep_the_fewest_neighbours() -> None:
     names = [f"text {number}" for number in range(80)]
     base = texts(4, 80)
     changed = unit(base + 0.15 * np.random.default_rng(5).normal(size=base.shape))
-    known = {digest_of(name): name for name in names}
-    examples = most_changed(
-        sample_of(names, base), sample_of(names, changed), identity(DIMS), known
+    known = {text_digest(name): name for name in names}
+    examples = most_changed_texts(
+        make_fidelity_sample(names, base),
+        make_fidelity_sample(names, changed),
+        identity_transform(DIMS),
+        known,
     )
 
     def nearest(vectors: npt.NDArray[np.float32], row: int) -> list[str]:
@@ -274,7 +277,15 @@ def test_examples_are_the_texts_that_keep_the_fewest_neighbours() -> None:
         assert list(example.before) == nearest(base, row)
         assert list(example.after) == nearest(changed, row)
         assert example.n_kept == n_kept[example.text]
-    assert most_changed(sample_of(names, base), sample_of(names, base), identity(DIMS), known) == ()
+    assert (
+        most_changed_texts(
+            make_fidelity_sample(names, base),
+            make_fidelity_sample(names, base),
+            identity_transform(DIMS),
+            known,
+        )
+        == ()
+    )
 
 
 def test_examples_of_a_search_are_queries_with_documents_and_only_of_known_texts(
@@ -285,7 +296,7 @@ def test_examples_of_a_search_are_queries_with_documents_and_only_of_known_texts
     documents = {digest: f"document {row}" for row, digest in enumerate(search["document"].digests)}
     # Both sides of this fixture have the same row numbers, so one name stands for two texts.
     known = {digest: documents[digest] for digest in search["document"].digests[:200]}
-    examples = most_changed(search, changed, identity(DIMS), known)
+    examples = most_changed_texts(search, changed, identity_transform(DIMS), known)
     assert len(examples) == 10
     for example in examples:
         row = int(example.text.removeprefix("document "))
@@ -294,4 +305,4 @@ def test_examples_of_a_search_are_queries_with_documents_and_only_of_known_texts
             f"document {neighbour}" for neighbour in np.argsort(-similar, kind="stable")[:10]
         ]
         assert list(example.before) == nearest
-    assert most_changed(search, changed, identity(DIMS), {}) == ()
+    assert most_changed_texts(search, changed, identity_transform(DIMS), {}) == ()

@@ -12,13 +12,13 @@ import pytest
 
 import gteopt
 from gteopt.cli.app import main
-from gteopt.commands.evaluate import Grid, Setup, parse_grid, score
+from gteopt.commands.evaluate import EvaluationSetup, VectorGrid, evaluate_suite, parse_vector_grid
 from gteopt.config.recipe import Recipe, VectorCode
 from gteopt.errors import InputError
 from gteopt.evaluation.runner import run_suite
-from gteopt.evaluation.suites import Suite, with_data
+from gteopt.evaluation.suites import Suite, add_own_task
 from gteopt.evaluation.tasks import load_suite
-from gteopt.progress import quiet
+from gteopt.progress import ignore_progress
 from gteopt.records.evaluation import EvalReport
 from gteopt.records.files import read_record
 from gteopt.report.terminal import eval_table, grid_table
@@ -89,12 +89,12 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def reports(
     artifacts: dict[str, Path], suite: Suite, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, EvalReport]:
-    return score(
+    return evaluate_suite(
         {name: str(path) for name, path in artifacts.items()},
         suite,
         tmp_path_factory.mktemp("results"),
-        how=Setup(device="cpu", grid=Grid((24, 16), ("float32", "int8", "binary"))),
-        progress=quiet,
+        how=EvaluationSetup(device="cpu", grid=VectorGrid((24, 16), ("float32", "int8", "binary"))),
+        progress=ignore_progress,
     )
 
 
@@ -193,11 +193,11 @@ def test_all_that_cannot_be_scored_is_told_before_anything_is_encoded(
 
     def refused(sources: dict[str, str], **settings: Any) -> str:
         with pytest.raises(InputError, match="cannot start") as caught:
-            score(
+            evaluate_suite(
                 sources,
                 suite,
                 tmp_path,
-                how=Setup(device="cpu", **settings),
+                how=EvaluationSetup(device="cpu", **settings),
                 progress=lambda what, *_: pytest.fail(what),
             )
         return str(caught.value)
@@ -209,7 +209,9 @@ def test_all_that_cannot_be_scored_is_told_before_anything_is_encoded(
     # Scores of one backend are not written over those of another.
     sources = {"base": "nano", "pca": str(artifacts["pca"])}
     pairs = SUITE_OF_PAIRS
-    written = score(sources, pairs, tmp_path, how=Setup(device="cpu"), progress=quiet)
+    written = evaluate_suite(
+        sources, pairs, tmp_path, how=EvaluationSetup(device="cpu"), progress=ignore_progress
+    )
     assert {report.versions["backend"] for report in written.values()} == {"torch"}
     assert "pca.json holds scores of pca with backend torch" in refused(sources, backend="openvino")
 
@@ -225,11 +227,11 @@ def test_a_baseline_below_zero_leaves_differences_and_fidelity(
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     sources = {"base": "nano", "mine": str(artifacts["pca"])}
     out, steps = tmp_path / "out", set[str]()
-    results = score(
+    results = evaluate_suite(
         sources,
-        with_data(None, path),
+        add_own_task(None, path),
         out,
-        how=Setup(device="cpu"),
+        how=EvaluationSetup(device="cpu"),
         progress=lambda what, *_: steps.add(what),
     )
     # A row has one name everywhere. It never has the name of the recipe or of the base.
@@ -249,15 +251,15 @@ def test_a_baseline_below_zero_leaves_differences_and_fidelity(
 
 def test_wrong_grids_are_told_before_anything_is_encoded(artifacts: dict[str, Path]) -> None:
     with pytest.raises(InputError) as caught:
-        parse_grid("256,many,0", "int5,binary")
+        parse_vector_grid("256,many,0", "int5,binary")
     for expected in ("'many' is no number", "'0' is no number", "unknown code 'int5'"):
         assert expected in str(caught.value)
-    assert parse_grid("64, 32,64", None) == Grid(dims=(64, 32))
+    assert parse_vector_grid("64, 32,64", None) == VectorGrid(dims=(64, 32))
     with pytest.raises(InputError, match="dims 512 is more than the 256"):
-        score(
+        evaluate_suite(
             {name: str(path) for name, path in artifacts.items()},
             load_suite("mini"),
             None,
-            how=Setup(device="cpu", grid=Grid(dims=(512,))),
+            how=EvaluationSetup(device="cpu", grid=VectorGrid(dims=(512,))),
             progress=lambda what, *_: pytest.fail(what),
         )

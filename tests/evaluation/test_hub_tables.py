@@ -10,7 +10,7 @@ import pytest
 
 from gteopt.errors import InputError
 from gteopt.evaluation.hub_tables import local_table
-from gteopt.evaluation.user_data import Pairs, read_own
+from gteopt.evaluation.user_data import Pairs, read_own_data
 from tests.support.hub_server import Hub, Repo, running
 from tests.support.hub_user import TOKEN, User
 
@@ -53,7 +53,7 @@ def hub_dir(tmp_path: Path) -> Path:
 def test_a_name_means_one_file(hub_dir: Path, name: str, file: str) -> None:
     table = local_table(Path(name), hub_dir=hub_dir)
     assert table == hub_dir / file
-    pairs = read_own(table)
+    pairs = read_own_data(table)
     assert isinstance(pairs, Pairs)
     assert pairs.scores == (0, 1, 2, 3)
 

@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 
 import gteopt
-from gteopt.commands.choose import write_comparison
+from gteopt.commands.choose import write_comparison_page
 from gteopt.errors import InputError, IntegrityError
-from gteopt.evaluation.compare import compare, compare_item_scores
+from gteopt.evaluation.compare import compare_item_scores, compare_with_baseline
 from gteopt.evaluation.item_scores_file import read_item_scores, write_item_scores
 from gteopt.evaluation.runner import SuiteRun, run_views
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.views import own_view, view_of
 from gteopt.records.files import write_record
-from gteopt.vectors.transform import VectorTransform, identity
+from gteopt.vectors.transform import VectorTransform, identity_transform
 
 
 def suite_of(*tasks: dict[str, Any]) -> Suite:
@@ -31,7 +31,7 @@ def suite_of(*tasks: dict[str, Any]) -> Suite:
 def runs() -> tuple[SuiteRun, SuiteRun]:
     """The embedded model, and its first 64 dimensions."""
     nano = gteopt.load("nano", device="cpu")
-    short: VectorTransform = replace(identity(nano.full_dims), dims=64)
+    short: VectorTransform = replace(identity_transform(nano.full_dims), dims=64)
     suite = suite_of({"task": "MiniSTS", "subsets": ["en", "pl"]}, {"task": "MiniBitextMining"})
     base, variant = run_views(nano, suite, [own_view(nano), view_of(nano, short, "short")])
     return base, variant
@@ -43,7 +43,7 @@ def test_a_comparison_of_files_is_that_of_the_runs(
     base, variant = runs
     write_item_scores(tmp_path / "base.parquet", base, "base")
     write_item_scores(tmp_path / "short.parquet", variant, "short")
-    report = compare(base, variant, variant_name="short")
+    report = compare_with_baseline(base, variant, variant_name="short")
     comparison = compare_item_scores(tmp_path / "base.parquet", tmp_path / "short.parquet")
     assert comparison.tasks == report.tasks
     assert comparison.difference == report.difference
@@ -62,11 +62,11 @@ def test_a_page_of_two_runs_pairs_their_item_scores(
 ) -> None:
     folders = tmp_path / "monday", tmp_path / "friday"
     for folder, run in zip(folders, runs, strict=True):
-        report = compare(runs[0], run, variant_name="mine")
+        report = compare_with_baseline(runs[0], run, variant_name="mine")
         write_record(folder / "eval" / "mine.json", report)
         write_item_scores(folder / "items" / "mine.parquet", run, "mine")
     items = compare_item_scores(*(folder / "items" / "mine.parquet" for folder in folders))
-    page = write_comparison(*folders).read_text(encoding="utf-8")
+    page = write_comparison_page(*folders).read_text(encoding="utf-8")
     paired = page.split('id="paired"')[1].split("</table>")[0]
     assert items.difference is not None
     value, low, high = (
@@ -76,7 +76,7 @@ def test_a_page_of_two_runs_pairs_their_item_scores(
     assert f"<td>{value} [{low}, {high}]</td><td>{items.difference.verdict}</td>" in paired
     assert f"<td>{100 * items.baseline_score:.2f}</td><td>{100 * items.score:.2f}</td>" in paired
     (folders[1] / "items" / "mine.parquet").unlink()
-    assert 'id="paired"' not in write_comparison(*folders).read_text(encoding="utf-8")
+    assert 'id="paired"' not in write_comparison_page(*folders).read_text(encoding="utf-8")
 
 
 def test_a_file_says_what_was_scored_with_what(

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gteopt.errors import InputError
-from gteopt.evaluation.user_data import Collection, Pairs, read_own, read_texts
+from gteopt.evaluation.user_data import Collection, Pairs, read_own_data, read_texts
 
 PAIRS = [{"sentence1": f"a {i}", "sentence2": f"b {i}", "score": float(i)} for i in range(4)]
 
@@ -31,7 +31,7 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_the_same_pairs_are_read_from_every_form(tmp_path: Path, ending: str) -> None:
-    pairs = read_own(write(tmp_path / f"pairs.{ending}", list(PAIRS)))
+    pairs = read_own_data(write(tmp_path / f"pairs.{ending}", list(PAIRS)))
     assert isinstance(pairs, Pairs)
     assert pairs.first == ("a 0", "a 1", "a 2", "a 3")
     assert pairs.scores == (0, 1, 2, 3)
@@ -43,7 +43,7 @@ def test_triplets_are_a_search_among_all_their_passages(tmp_path: Path) -> None:
         {"anchor": "q1", "positive": "p2", "negative": "p3"},
         {"anchor": "q2", "positive": "p3", "negative": "n1"},
     ]
-    collection = read_own(write(tmp_path / "triplets.jsonl", rows))
+    collection = read_own_data(write(tmp_path / "triplets.jsonl", rows))
     assert isinstance(collection, Collection)
     texts = {row["id"]: row["text"] for row in collection.corpus}
     assert sorted(texts.values()) == ["n1", "p1", "p2", "p3"]
@@ -60,7 +60,7 @@ def test_a_score_grades_the_passages_of_a_query(tmp_path: Path) -> None:
         {"question": "q", "passage": "good", "label": 2},
         {"question": "q", "passage": "bad", "label": 0},
     ]
-    collection = read_own(write(tmp_path / "graded.csv", rows))
+    collection = read_own_data(write(tmp_path / "graded.csv", rows))
     assert isinstance(collection, Collection)
     assert list(collection.qrels["test"].values()) == [{"d0": 2}]
     assert len(collection.corpus) == 2
@@ -71,17 +71,17 @@ def test_columns_of_any_name_can_be_said(tmp_path: Path) -> None:
         {"left": f"a{i}", "right": f"b{i}", "gold": i} for i in range(3)
     ]
     path = write(tmp_path / "mine.csv", rows)
-    pairs = read_own(path, {"sentence1": "left", "sentence2": "right"})
+    pairs = read_own_data(path, {"sentence1": "left", "sentence2": "right"})
     assert isinstance(pairs, Pairs)
     assert pairs.second == ("b0", "b1", "b2")
-    search = read_own(path, {"query": "left", "positive": "right", "score": "gold"})
+    search = read_own_data(path, {"query": "left", "positive": "right", "score": "gold"})
     assert isinstance(search, Collection)
 
 
 def test_unknown_columns_get_three_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "odd.csv", [{"x": 1, "y": 2}])
     with pytest.raises(InputError) as caught:
-        read_own(path)
+        read_own_data(path)
     columns, accepted, example = str(caught.value).splitlines()
     assert "found x, y" in columns
     assert "sentence1, sentence2, score; query, positive" in accepted
@@ -100,7 +100,7 @@ def test_a_wrong_column_name_gets_a_suggestion(
 ) -> None:
     path = write(tmp_path / "mine.csv", [{"left": "a", "right": "b", "gold": 1}])
     with pytest.raises(InputError, match=message):
-        read_own(path, columns)  # type: ignore[arg-type]
+        read_own_data(path, columns)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("content", ["", "sentence1,sentence2,score\n"])
@@ -108,14 +108,14 @@ def test_an_empty_table_is_named(tmp_path: Path, content: str) -> None:
     path = tmp_path / "empty.csv"
     path.write_text(content)
     with pytest.raises(InputError, match=r"found nothing|0 pairs"):
-        read_own(path)
+        read_own_data(path)
 
 
 def test_mixed_types_in_a_score_column_are_listed_by_line(tmp_path: Path) -> None:
     path = tmp_path / "mixed.csv"
     path.write_text("sentence1,sentence2,score\na,b,1\nc,d,high\ne,f,2\ng,h,\n")
     with pytest.raises(InputError) as caught:
-        read_own(path)
+        read_own_data(path)
     assert "mixed.csv:3: score is 'high'" in str(caught.value)
     assert "mixed.csv:5: score is ''" in str(caught.value)
 

@@ -210,12 +210,16 @@ def test_entries_reproduce_scores_of_every_task_class_of_mteb(
     from mteb.mocks.mock_tasks.clustering import MockClusteringTask
 
     from gteopt.corpus.vector_cache import VectorCache
-    from gteopt.evaluation.mteb_isolation import isolated
+    from gteopt.evaluation.mteb_isolation import isolate_mteb
     from gteopt.evaluation.mteb_model import TaskModel
-    from gteopt.evaluation.predictions import collect, read_predictions, record_draws_
+    from gteopt.evaluation.predictions import (
+        read_predictions,
+        record_draws_,
+        samples_from_predictions,
+    )
     from gteopt.evaluation.tasks import n_samples
 
-    with isolated(offline=True):
+    with isolate_mteb(offline=True):
         task = getattr(mock_tasks, f"Mock{name}", MockClusteringTask)()
         assert type(task).__name__ == f"Mock{name}"
         task.load_data()
@@ -228,7 +232,7 @@ def test_entries_reproduce_scores_of_every_task_class_of_mteb(
                 model, split, encode_kwargs=encode, prediction_folder=Path(folder)
             )
             predictions = read_predictions(task, Path(folder))
-        collected = dict(collect(task, split, predictions, draws))
+        collected = dict(samples_from_predictions(task, split, predictions, draws))
     assert collected.keys() == scores.keys()
     for subset, metrics in scores.items():
         samples = collected[subset]
@@ -246,9 +250,9 @@ def test_entries_reproduce_the_evaluator_that_averages_p_values(
     from datasets import Dataset, DatasetDict
 
     from gteopt.corpus.vector_cache import VectorCache
-    from gteopt.evaluation.mteb_isolation import isolated
+    from gteopt.evaluation.mteb_isolation import isolate_mteb
     from gteopt.evaluation.mteb_model import TaskModel
-    from gteopt.evaluation.predictions import collect, read_predictions
+    from gteopt.evaluation.predictions import read_predictions, samples_from_predictions
 
     rng = np.random.default_rng(0)
     texts = [f"report {i} on the harbour and the {word}" for i, word in enumerate("abcdefghijkl")]
@@ -258,7 +262,7 @@ def test_entries_reproduce_the_evaluator_that_averages_p_values(
         "machine_summaries": [[f"{text} {j * 7}" for j in range(6)] for text in texts],
         "relevance": rng.uniform(1, 5, (len(texts), 6)).tolist(),
     }
-    with isolated(offline=True):
+    with isolate_mteb(offline=True):
         task = mteb.get_task(name)
         task.dataset = DatasetDict({"test": Dataset.from_dict(columns)})
         task.data_loaded = True
@@ -266,7 +270,9 @@ def test_entries_reproduce_the_evaluator_that_averages_p_values(
         scores = task.evaluate(
             model, "test", encode_kwargs={"batch_size": 32}, prediction_folder=tmp_path
         )
-        collected = dict(collect(task, "test", read_predictions(task, tmp_path), None))
+        collected = dict(
+            samples_from_predictions(task, "test", read_predictions(task, tmp_path), None)
+        )
     samples = collected["default"]
     assert isinstance(samples, Samples)
     assert samples.score() == pytest.approx(scores["default"]["main_score"], abs=1e-9)

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 import gteopt
-from gteopt.evaluation.compare import compare
-from gteopt.evaluation.reference import beside_published, find_reference
-from gteopt.evaluation.runner import EncodeOptions, run_suite
+from gteopt.evaluation.compare import compare_with_baseline
+from gteopt.evaluation.reference import add_published_scores, find_reference
+from gteopt.evaluation.runner import SuiteEncodeOptions, run_suite
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.tasks import load_suite
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.model.families import PUBLISHED
 from gteopt.paths import shipped_dir
-from gteopt.records.environment import Machine
+from gteopt.records.environment import MachineRecord
 from gteopt.records.evaluation import (
     EvalReport,
     Fidelity,
@@ -118,9 +118,9 @@ def test_a_published_model_reproduces_its_scores_and_its_report_says_so(
         }
     )
     encoder = gteopt.load(MINILM, hub_dir=hub, device="cpu", dtype="float32")
-    exactly = EncodeOptions(dtype="float32")
+    exactly = SuiteEncodeOptions(dtype="float32")
     run = run_suite(encoder, suite, hub_dir=hub, store=minilm_store, options=exactly)
-    report = compare(run, run, variant_name="all-MiniLM-L6-v2")
+    report = compare_with_baseline(run, run, variant_name="all-MiniLM-L6-v2")
     tasks = {task.task: task for task in report.tasks}
     # The English score agrees to the sixth digit. French pairs nearly tie, so the order of sums
     # matters: Sentence Transformers itself gives 0.649285 to 0.649294.
@@ -150,7 +150,7 @@ def test_a_variant_is_not_held_against_what_was_published(hub: Path) -> None:
     base = run_suite(gteopt.load(MINILM, hub_dir=hub, device="cpu", dtype="float32"), suite)
     variant = run_suite(gteopt.load(MINILM, hub_dir=hub, device="cpu", dtype="bfloat16"), suite)
     assert base.hub_id == MINILM
-    assert compare(base, variant, variant_name="v").published is None
+    assert compare_with_baseline(base, variant, variant_name="v").published is None
 
 
 def report_of(*tasks: tuple[str, str, float], suite: str = "s") -> EvalReport:
@@ -196,7 +196,7 @@ def report_of(*tasks: tuple[str, str, float], suite: str = "s") -> EvalReport:
             n_documents=1,
             n_all_documents=1,
         ),
-        machine=Machine(cpu="c", n_cores=1, memory_bytes=1, gpu=None, os="o", python="3"),
+        machine=MachineRecord(cpu="c", n_cores=1, memory_bytes=1, gpu=None, os="o", python="3"),
         versions={},
     )
 
@@ -232,7 +232,7 @@ def test_what_differs_from_a_published_score_is_named_and_not_tested_by_the_quer
     scores = [score.model_copy(update={"protocol": "gte-authors"}) for score in reference.scores]
     reference = reference.model_copy(update={"scores": tuple(scores)})
     report = report.model_copy(update={"versions": {"dtype": "bfloat16"}})
-    published = beside_published(report, reference).published
+    published = add_published_scores(report, reference).published
     assert published is not None
     assert published.difference == pytest.approx(-0.0225)
     assert published.other_conditions == (
@@ -241,10 +241,10 @@ def test_what_differs_from_a_published_score_is_named_and_not_tested_by_the_quer
         "data revision not known",
     )
     alike = report.model_copy(update={"protocol": "gte-authors", "versions": {"dtype": "float16"}})
-    published = beside_published(alike, reference).published
+    published = add_published_scores(alike, reference).published
     assert published is not None
     assert published.other_conditions == ("data revision not known",)
-    notes = str(eval_table({"b": beside_published(report, reference)}).caption)
+    notes = str(eval_table({"b": add_published_scores(report, reference)}).caption)
     assert "here 55.00, -2.25" in notes
     assert "70.00 over 56 tasks, which may have changed since" in notes
 
@@ -259,7 +259,7 @@ def test_scores_of_other_data_are_marked_and_left_out_of_the_mean() -> None:
         for score, letter in zip(reference.scores, "ab", strict=True)
     ]
     reference = reference.model_copy(update={"scores": tuple(scores)})
-    compared = beside_published(report, reference)
+    compared = add_published_scores(report, reference)
     assert compared.published is not None
     assert (compared.published.n_tasks, compared.published.score) == (1, 0.51)
     assert [task.published and task.published.same_data for task in compared.tasks] == [True, False]
@@ -296,7 +296,7 @@ def test_the_mean_is_over_the_same_data_on_both_sides() -> None:
         ("CQA", "CQATwo", 0.4),
         ("New", "default", 0.9),
     )
-    compared = beside_published(
+    compared = add_published_scores(
         report,
         reference_of(
             ("Multi", "en", 0.4),

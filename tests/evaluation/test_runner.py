@@ -24,17 +24,17 @@ from gteopt.config.recipe import Dims, LayerScheme, Vectors
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.tokenization import Role
 from gteopt.errors import InputError, NumericsError
-from gteopt.evaluation.compare import compare
+from gteopt.evaluation.compare import compare_with_baseline
 from gteopt.evaluation.instructions import TaskInstruction
-from gteopt.evaluation.runner import EncodeOptions, SuiteRun, run_suite
+from gteopt.evaluation.runner import SuiteEncodeOptions, SuiteRun, run_suite
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.tasks import load_suite
 from gteopt.evaluation.views import own_view
 from gteopt.paths import shipped_dir
-from gteopt.progress import Progress, quiet
+from gteopt.progress import Progress, ignore_progress
 from gteopt.quant.affine import quantize_rtn
 from gteopt.records.evaluation import EvalReport
-from gteopt.vectors.fit import fit
+from gteopt.vectors.fit import fit_vector_transform
 from gteopt.vectors.transform import VectorTransform
 
 QUICK = ("MiniSTS", "MiniBitextMining")
@@ -66,7 +66,7 @@ class Counting(Encoder):
         prompt: str | None = None,
         batch_size: int = 32,
         unpadded: bool = True,
-        progress: Progress = quiet,
+        progress: Progress = ignore_progress,
     ) -> npt.NDArray[np.float32]:
         self.asked += [(role, instruction, text) for text in texts]
         return super().embed(
@@ -122,7 +122,7 @@ def test_minilm_leaves_languages_that_it_cannot_read_out_of_its_mean(minilm: Enc
     mini = load_suite("mini")
     tasks = [task for task in mini.tasks if task.task in ("MiniSTS", "MiniTopicClustering")]
     run = run_suite(minilm, mini.model_copy(update={"tasks": tuple(tasks)}))
-    report = compare(run, run, variant_name="minilm")
+    report = compare_with_baseline(run, run, variant_name="minilm")
     left_out = {(task.task, task.subset) for task in report.tasks if not task.above_chance}
     # The model reads English. It also knows Chinese characters and many French words.
     assert left_out == {
@@ -152,7 +152,7 @@ def test_minilm_scores_as_published(
         {"task": "STSBenchmarkMultilingualSTS", "subsets": ["en"], "splits": ["test"]},
     )
     counting = Counting(minilm)
-    exactly = EncodeOptions(dtype="float32")
+    exactly = SuiteEncodeOptions(dtype="float32")
     run = run_suite(counting, suite, hub_dir=shared / "hub", store=minilm_store, options=exactly)
     scores = by_task(run)
     assert scores["STSBenchmark", "default"] == pytest.approx(0.820325, abs=1e-6)
@@ -239,7 +239,7 @@ def test_the_mini_suite_separates_good_from_bad(mini_run: SuiteRun) -> None:
 
 
 def test_a_run_compared_with_itself_retains_everything(mini_run: SuiteRun) -> None:
-    report = compare(mini_run, mini_run, variant_name="same")
+    report = compare_with_baseline(mini_run, mini_run, variant_name="same")
     assert report.retention == 1
     assert report.fidelity.neighbour_overlap == 1
     assert report.fidelity.mean_cosine == pytest.approx(1, abs=1e-6)
@@ -271,7 +271,9 @@ def test_the_adapter_ranks_as_mteb_does_by_itself(nano: Encoder, code: str, tmp_
     encoder = Counting(nano)
     if code != "float32":
         calibration = nano.embed(data["corpus"]["text"][:64])
-        encoder.vectors = fit(calibration, None, Vectors.model_validate({"code": code}))
+        encoder.vectors = fit_vector_transform(
+            calibration, None, Vectors.model_validate({"code": code})
+        )
     transform: VectorTransform = encoder.vectors
 
     class Plain(TaskModel):
@@ -423,7 +425,7 @@ def test_what_is_scored_are_codes_with_stored_ranges(nano: Encoder, tmp_path: Pa
     texts = [f"Text number {i} is about {i * i} things." for i in range(40)]
     calibration = nano.embed(texts, role="query")
     vectors = Vectors.model_validate({"code": "int8"})
-    encoder.vectors = fit(calibration, Dims(n=64), vectors)
+    encoder.vectors = fit_vector_transform(calibration, Dims(n=64), vectors)
     cache = VectorCache(encoder, tmp_path, dtype="float32")
     model = TaskModel(cache, own_view(encoder), TaskInstruction())
     together = model.encode([{"text": texts}])
@@ -494,14 +496,14 @@ def test_nan_vectors_fail_their_task_and_leave_the_report_partial(nano: Encoder)
     sides = [row[side] for row in mini_rows("bitext") for side in ("en", "fr")]
     named = [text for text in sides if repr(text[:80]) in run.failed[0].reason]
     assert min(parallel - similar) in tokens(named)
-    report = compare(baseline, run, variant_name="broken")
+    report = compare_with_baseline(baseline, run, variant_name="broken")
     assert report.partial
     assert report.retention == pytest.approx(1)
     assert {task.task for task in report.tasks} == {"MiniSTS"}
 
     table.data[:] = torch.nan
     with pytest.raises(NumericsError, match=r"broken has no score(.|\n)*MiniSTS(.|\n)*Mini"):
-        compare(baseline, run_suite(broken, suite), variant_name="broken")
+        compare_with_baseline(baseline, run_suite(broken, suite), variant_name="broken")
 
 
 def test_a_suite_keeps_its_interval_where_a_task_has_none(mini_run: SuiteRun) -> None:
@@ -512,13 +514,15 @@ def test_a_suite_keeps_its_interval_where_a_task_has_none(mini_run: SuiteRun) ->
         for score in mini_run.scores
     ]
     variant = replace(mini_run, scores=tuple(lost), encoder_sha256="0" * 64)
-    report = compare(mini_run, variant, variant_name="variant")
+    report = compare_with_baseline(mini_run, variant, variant_name="variant")
     assert report.difference is not None
     assert report.retention_low is not None
     assert report.n_interval_tasks == 4
     (note,) = [text for text in report.notes if "MiniSTS" in text]
     assert "over 4 of 5 tasks" in note
-    complete = compare(mini_run, replace(mini_run, encoder_sha256="0" * 64), variant_name="whole")
+    complete = compare_with_baseline(
+        mini_run, replace(mini_run, encoder_sha256="0" * 64), variant_name="whole"
+    )
     assert complete.n_interval_tasks == 5
     assert not [text for text in complete.notes if "interval" in text]
 
@@ -584,7 +588,7 @@ def test_runs_of_different_suites_are_not_compared(nano: Encoder) -> None:
         for language in ("en", "fr")
     )
     with pytest.raises(InputError, match="score both on the same suite"):
-        compare(english, french, variant_name="french")
+        compare_with_baseline(english, french, variant_name="french")
 
 
 def test_a_run_leaves_no_trace_in_the_process(

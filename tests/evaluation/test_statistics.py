@@ -14,18 +14,18 @@ from sklearn.metrics import adjusted_mutual_info_score
 from gteopt.evaluation.per_item_scores import Samples
 from gteopt.evaluation.statistics import (
     Draws,
-    Resampled,
+    ResampledScores,
     holm,
-    interval,
-    judge,
-    mean_of,
+    interval_of_draws,
+    judge_claims,
+    mean_draws,
     own_draws,
     p_equivalent,
     p_value,
     paired_draws,
-    resample,
+    resample_scores,
 )
-from gteopt.records.evaluation import Correction, Difference
+from gteopt.records.evaluation import Correction, ScoreDifference
 
 Pair = tuple[Samples, Samples]
 Maker = Callable[[np.random.Generator, int], Pair]
@@ -38,7 +38,7 @@ def pair_of(statistic: Any, unit: str, variant: dict[str, Any], baseline: dict[s
     return Samples(statistic, unit, variant), Samples(statistic, unit, baseline)
 
 
-def draw(pair: tuple[Samples, Samples | Resampled], **options: Any) -> Draws:
+def draw(pair: tuple[Samples, Samples | ResampledScores], **options: Any) -> Draws:
     draws = paired_draws(*pair, **options)
     assert draws is not None
     return draws
@@ -227,12 +227,12 @@ def test_an_interval_covers_the_difference_at_its_rate(case: str) -> None:
     for number in range(n_repeats):
         variant, baseline = make(rng, n_units)
         draws = draw((variant, baseline), seed=number, n_resamples=N_RESAMPLES)
-        low, high = interval(draws.difference)
+        low, high = interval_of_draws(draws.difference)
         covered += low <= truth <= high
         if number % 2 == 0:
             baseline_draws = own_draws(baseline, seed=number, n_resamples=N_RESAMPLES)
             assert baseline_draws is not None
-            low, high = interval(baseline_draws)
+            low, high = interval_of_draws(baseline_draws)
             own_covered += low <= true_score <= high
     # Coverage of 95 % stays within these bounds in 999 of 1000 runs of this test.
     for n_covered, n in ((covered, n_repeats), (own_covered, n_repeats // 2)):
@@ -271,7 +271,7 @@ def test_an_interval_that_ignores_what_units_share_covers_too_seldom(
     covered = 0
     for number, (theirs, ours) in enumerate(pairs[:150]):
         bare = independent(ignoring, theirs), independent(ignoring, ours)
-        low, high = interval(draw(bare, seed=number, n_resamples=100).difference)
+        low, high = interval_of_draws(draw(bare, seed=number, n_resamples=100).difference)
         covered += low <= truth <= high
     assert covered < stats.binom.ppf(0.0005, 150, 0.95), f"{covered / 150:.3f}"
 
@@ -297,8 +297,8 @@ def test_pairs_that_are_listed_twice_say_no_more_than_once() -> None:
         doubled = {name: np.tile(array, 2) for name, array in samples.arrays.items()}
         again = np.concatenate([texts, texts[::-1]], axis=1)
         twice.append(Samples("spearman", "pair", {**doubled, "texts": again}))
-    width = np.ptp(interval(draw((once[0], once[1])).difference))
-    doubled_width = np.ptp(interval(draw((twice[0], twice[1])).difference))
+    width = np.ptp(interval_of_draws(draw((once[0], once[1])).difference))
+    doubled_width = np.ptp(interval_of_draws(draw((twice[0], twice[1])).difference))
     assert doubled_width == pytest.approx(width, rel=0.08)  # two bootstraps of a thousand draws
 
 
@@ -310,7 +310,7 @@ def test_pairs_of_one_text_that_did_not_change_are_no_proof_for_many() -> None:
         unchanged = Samples(
             "spearman", "pair", {"gold": gold, "similarities": gold, "texts": texts}
         )
-        widths.append(np.ptp(interval(draw((unchanged, unchanged)).difference)))
+        widths.append(np.ptp(interval_of_draws(draw((unchanged, unchanged)).difference)))
     assert widths[1] > 1.2 * widths[0]
 
 
@@ -331,7 +331,7 @@ def test_a_suite_interval_covers_the_mean_over_its_tasks_at_its_rate() -> None:
         for make, n in makers:
             draws = draw(make(rng, n), seed=number, n_resamples=N_RESAMPLES)
             parts.append(draws)
-        low, high = interval(mean_of(parts).difference)
+        low, high = interval_of_draws(mean_draws(parts).difference)
         covered += low <= truth <= high
     least, most = stats.binom.ppf([0.0005, 0.9995], N_REPEATS, 0.95)
     assert least <= covered <= most, f"{covered / N_REPEATS:.3f}"
@@ -342,7 +342,9 @@ def test_pairing_makes_the_interval_of_a_small_change_short() -> None:
     paired = draw((variant, baseline))
     shuffled = np.random.default_rng(1).permutation(variant.arrays["values"][0])
     unpaired = draw((Samples("mean", "query", {"values": shuffled[None]}), baseline))
-    assert np.ptp(interval(paired.difference)) < 0.5 * np.ptp(interval(unpaired.difference))
+    assert np.ptp(interval_of_draws(paired.difference)) < 0.5 * np.ptp(
+        interval_of_draws(unpaired.difference)
+    )
 
 
 def test_a_large_sample_has_the_textbook_interval() -> None:
@@ -352,14 +354,14 @@ def test_a_large_sample_has_the_textbook_interval() -> None:
     expected = stats.t.interval(
         0.95, len(differences) - 1, differences.mean(), stats.sem(differences)
     )
-    assert interval(draws.difference) == pytest.approx(expected, rel=0.1)
+    assert interval_of_draws(draws.difference) == pytest.approx(expected, rel=0.1)
 
 
 def test_a_model_equals_itself_exactly() -> None:
     for make, n, _ in CASES.values():
         _, baseline = make(np.random.default_rng(0), n)
         draws = draw((baseline, baseline), n_resamples=50, same_model=True)
-        assert interval(draws.difference) == (0.0, 0.0)
+        assert interval_of_draws(draws.difference) == (0.0, 0.0)
         assert p_value(0.0, draws) == 1.0
 
 
@@ -372,7 +374,7 @@ def test_rare_changes_are_covered_even_where_none_was_seen(rate: float) -> None:
         ours = (rng.random(60) < 0.6).astype(float)
         theirs = np.where(rng.random(60) < rate, 0.0, ours)
         pair = pair_of("mean", "document", {"values": theirs[None]}, {"values": ours[None]})
-        low, high = interval(draw(pair, seed=number, n_resamples=100).difference)
+        low, high = interval_of_draws(draw(pair, seed=number, n_resamples=100).difference)
         covered += low <= -0.6 * rate <= high
     assert covered >= stats.binom.ppf(0.0005, N_REPEATS, 0.95), f"{covered / N_REPEATS:.3f}"
 
@@ -408,15 +410,15 @@ def test_a_mean_of_independent_parts_has_the_sum_of_their_degrees_of_freedom() -
     variant, baseline = ndcg(np.random.default_rng(0), 30)
     part = draw((variant, baseline))
     assert part.freedom == draw((variant, baseline), seed=1).freedom
-    assert mean_of([part, part]).freedom == pytest.approx(part.freedom)
+    assert mean_draws([part, part]).freedom == pytest.approx(part.freedom)
     apart = [draw((variant, baseline), seed=number) for number in range(4)]
-    assert mean_of(apart).freedom == pytest.approx(4 * part.freedom, rel=0.1)
+    assert mean_draws(apart).freedom == pytest.approx(4 * part.freedom, rel=0.1)
 
 
 def test_resamples_of_a_baseline_serve_every_comparison_with_it() -> None:
     for make, n, _ in CASES.values():
         variant, baseline = make(np.random.default_rng(0), n)
-        drawn = resample(baseline, n_resamples=50)
+        drawn = resample_scores(baseline, n_resamples=50)
         for samples in (variant, baseline):
             anew, reused = (
                 draw((samples, baseline), n_resamples=50),
@@ -440,10 +442,12 @@ def test_translations_of_the_same_texts_are_not_taken_for_independent() -> None:
     english = draw((variant, baseline))
     translated = draw((variant, baseline))
     other_task = draw(ndcg(np.random.default_rng(1), 100))  # as many queries of another task
-    width = np.ptp(interval(english.difference))
-    assert np.ptp(interval(mean_of([english, translated]).difference)) == pytest.approx(width)
-    both_widths = math.hypot(width, np.ptp(interval(other_task.difference)))
-    halved = np.ptp(interval(mean_of([english, other_task]).difference))
+    width = np.ptp(interval_of_draws(english.difference))
+    assert np.ptp(interval_of_draws(mean_draws([english, translated]).difference)) == pytest.approx(
+        width
+    )
+    both_widths = math.hypot(width, np.ptp(interval_of_draws(other_task.difference)))
+    halved = np.ptp(interval_of_draws(mean_draws([english, other_task]).difference))
     assert halved == pytest.approx(both_widths / 2, rel=0.15)
 
 
@@ -481,14 +485,16 @@ def test_holm_keeps_false_claims_of_a_family_at_one_in_twenty() -> None:
     assert false <= stats.binom.ppf(0.999, 2000, 0.05)
 
 
-def difference(value: float, half_width: float, freedom: float | None = None) -> Difference:
+def difference(value: float, half_width: float, freedom: float | None = None) -> ScoreDifference:
     """A difference as `difference_of` records it."""
     quantile = stats.norm.ppf(0.975) if freedom is None else stats.t.ppf(0.975, freedom)
     error = half_width / quantile
     tail = stats.norm if freedom is None else stats.t(freedom)
     p = float(2 * tail.sf(abs(value) / error))
     low, high = value - half_width, value + half_width
-    return Difference(value=value, low=low, high=high, verdict="undecided", p=p, freedom=freedom)
+    return ScoreDifference(
+        value=value, low=low, high=high, verdict="undecided", p=p, freedom=freedom
+    )
 
 
 @pytest.mark.parametrize(
@@ -508,9 +514,9 @@ def test_a_verdict_says_no_more_than_interval_and_correction_allow(
 ) -> None:
     claims = {number: (difference(0.0, 1.0), 0.01) for number in range(1, n_claims)}
     claims[0] = difference(value, half_width), 0.01
-    assert judge(claims)[0] == expected
+    assert judge_claims(claims)[0] == expected
     if n_claims > 1:
-        assert judge(claims, "row")[0] == judge({0: claims[0]})[0]
+        assert judge_claims(claims, "row")[0] == judge_claims({0: claims[0]})[0]
 
 
 @pytest.mark.parametrize("freedom", [None, 12.0])
@@ -539,7 +545,7 @@ def test_a_table_of_rows_at_the_margin_seldom_holds_a_false_equivalence() -> Non
             for row, (value, half_width) in enumerate(zip(values, half_widths, strict=True))
         }
         for correction in corrections:
-            false[correction] += "equivalent" in judge(claims, correction).values()
+            false[correction] += "equivalent" in judge_claims(claims, correction).values()
     assert false["family"] <= stats.binom.ppf(0.999, n_tables, 0.025)
     assert false["family"] >= stats.binom.ppf(0.001, n_tables, 0.015)  # not needlessly strict
     expected = 1 - 0.975**n_rows
@@ -549,7 +555,7 @@ def test_a_table_of_rows_at_the_margin_seldom_holds_a_false_equivalence() -> Non
 def test_retention_is_drawn_from_both_scores_together() -> None:
     variant, baseline = ndcg(np.random.default_rng(0), 300)
     draws = draw((variant, baseline))
-    low, high = interval(draws.retention)
+    low, high = interval_of_draws(draws.retention)
     assert low < variant.score() / baseline.score() < high
     # Fieller's interval of a ratio of means, to first order.
     ours, theirs = variant.arrays["values"][0], baseline.arrays["values"][0]

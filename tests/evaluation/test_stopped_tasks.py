@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import gteopt
-from gteopt.commands.evaluate import Setup, score
+from gteopt.commands.evaluate import EvaluationSetup, evaluate_suite
 from gteopt.config.recipe import Recipe
 from gteopt.evaluation.compare import compare_item_scores
 from gteopt.evaluation.item_scores_file import read_item_scores
-from gteopt.evaluation.runner import EncodeOptions
-from gteopt.evaluation.stopping import part_of
+from gteopt.evaluation.runner import SuiteEncodeOptions
+from gteopt.evaluation.stopping import first_scored_part
 from gteopt.evaluation.suites import Suite
-from gteopt.progress import quiet
+from gteopt.progress import ignore_progress
 from gteopt.records.evaluation import EvalReport
 
 SUBJECTS = ("rivers", "engines", "bread", "violins", "taxes", "bees", "castles", "sails")
@@ -148,8 +148,8 @@ def scored(
     sources: dict[str, str], data: tuple[Suite, Path], folder: Path, *, stops: bool
 ) -> dict[str, EvalReport]:
     suite, hub_dir = data
-    setup = Setup(hub_dir=hub_dir, device="cpu", correction="row", stops=stops)
-    return score(sources, suite, folder, how=setup, margin=0.1, progress=quiet)
+    setup = EvaluationSetup(hub_dir=hub_dir, device="cpu", correction="row", stops=stops)
+    return evaluate_suite(sources, suite, folder, how=setup, margin=0.1, progress=ignore_progress)
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +205,12 @@ def test_the_score_of_a_part_is_that_of_its_items_in_a_whole_run(folders: Folder
             if task.sequential is None or not task.is_stopped:
                 continue
             n = task.sequential.n_scored
-            assert task.score == pytest.approx(part_of(complete[key], n).score(), abs=2e-3)
-            assert task.baseline_score == pytest.approx(part_of(base[key], n).score(), abs=1e-6)
+            assert task.score == pytest.approx(
+                first_scored_part(complete[key], n).score(), abs=2e-3
+            )
+            assert task.baseline_score == pytest.approx(
+                first_scored_part(base[key], n).score(), abs=1e-6
+            )
 
 
 def test_what_is_stored_is_found_again_and_a_whole_score_is_preferred(
@@ -229,15 +233,17 @@ def test_a_task_that_the_cache_does_not_hold_is_encoded_once(
     search = suite.model_copy(update={"tasks": suite.tasks[:1]})
     counts = []
     for stops in (True, False):
-        setup = Setup(
+        setup = EvaluationSetup(
             hub_dir=hub_dir,
             device="cpu",
             correction="row",
             stops=stops,
-            options=EncodeOptions(cache_bytes=2000),
+            options=SuiteEncodeOptions(cache_bytes=2000),
         )
         two_sources = {name: sources[name] for name in ("nano", "int8")}
-        reports = score(two_sources, search, None, how=setup, margin=0.1, progress=quiet)
+        reports = evaluate_suite(
+            two_sources, search, None, how=setup, margin=0.1, progress=ignore_progress
+        )
         counts.append(reports["int8"].n_encoded_texts)
         assert not any(task.is_stopped for task in reports["int8"].tasks)
     assert counts[0] == counts[1]

@@ -10,14 +10,14 @@ from gteopt.evaluation.per_item_scores import Floats, Samples
 from gteopt.evaluation.statistics import difference_of, paired_draws
 from gteopt.evaluation.stopping import (
     StopRule,
-    boundaries,
-    decided,
-    part_of,
-    rows_of,
-    widened,
-    widening,
+    early_verdict,
+    first_scored_part,
+    first_scored_rows,
+    look_widening,
+    stopping_boundaries,
+    widen_for_looks,
 )
-from gteopt.records.evaluation import Difference, Sequential
+from gteopt.records.evaluation import ScoreDifference, SequentialTest
 
 FIFTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
@@ -37,7 +37,7 @@ def test_boundaries_are_those_of_published_tables(
 
     The tables are those of `ldbounds` and of Proschan, Lan & Wittes (2006).
     """
-    assert boundaries(fractions, 0.05) == pytest.approx(published, abs=2e-4)
+    assert stopping_boundaries(fractions, 0.05) == pytest.approx(published, abs=2e-4)
 
 
 @pytest.mark.parametrize("error_rate", [0.05, 0.05 / 60])
@@ -47,11 +47,11 @@ def test_looks_together_cross_as_often_as_one_test_would(error_rate: float) -> N
     n = 1_000_000
     steps = rng.standard_normal((n, 5)) * np.sqrt(np.diff(fractions, prepend=0))
     z = np.cumsum(steps, axis=1) / np.sqrt(fractions)
-    crossed = (np.abs(z) > boundaries(fractions, error_rate)).any(axis=1).mean()
+    crossed = (np.abs(z) > stopping_boundaries(fractions, error_rate)).any(axis=1).mean()
     assert crossed == pytest.approx(error_rate, abs=4 * np.sqrt(error_rate / n))
 
 
-def looks_of(n_all: int, n_claims: int = 1) -> list[Sequential]:
+def looks_of(n_all: int, n_claims: int = 1) -> list[SequentialTest]:
     key = "task", "test", "default"
     values = Samples("mean", "query", {"values": np.zeros((1, n_all))})
     rule = StopRule({key: values}, "", 0.01, n_claims)
@@ -60,7 +60,7 @@ def looks_of(n_all: int, n_claims: int = 1) -> list[Sequential]:
     return [*rule.looks(key), at_end]
 
 
-def run(changes: Floats, looks: list[Sequential], margin: float) -> tuple[str, float]:
+def run(changes: Floats, looks: list[SequentialTest], margin: float) -> tuple[str, float]:
     """Verdict of one trial of changes [U], and the share of items that it took.
 
     Degrees of freedom are those of `paired_draws`: 2n / (kurtosis - 1), at most n - 1.
@@ -70,10 +70,10 @@ def run(changes: Floats, looks: list[Sequential], margin: float) -> tuple[str, f
         squares = (scored - scored.mean()) ** 2
         kurtosis = look.n_scored * float((squares**2).sum()) / float(squares.sum()) ** 2
         freedom = max(1.0, min(look.n_scored - 1, 2 * look.n_scored / (kurtosis - 1)))
-        error = scored.std(ddof=1) / np.sqrt(look.n_scored) * widening(look, freedom)
+        error = scored.std(ddof=1) / np.sqrt(look.n_scored) * look_widening(look, freedom)
         half = error * float(stdtrit(freedom, 0.975))
         value = float(scored.mean())
-        difference = Difference(
+        difference = ScoreDifference(
             value=value,
             low=value - half,
             high=value + half,
@@ -81,7 +81,7 @@ def run(changes: Floats, looks: list[Sequential], margin: float) -> tuple[str, f
             p=1.0,
             freedom=freedom,
         )
-        verdict = decided(difference, margin, look.error_rate)
+        verdict = early_verdict(difference, margin, look.error_rate)
         if verdict is not None:
             return verdict, look.n_scored / look.n_all
     return "undecided", 1.0
@@ -151,7 +151,7 @@ def test_intervals_of_all_looks_hold_the_difference_together() -> None:
             )
             draws = paired_draws(ours, theirs, n_resamples=400)
             assert draws is not None
-            difference = difference_of(widened(draws, look), ours.score() - theirs.score())
+            difference = difference_of(widen_for_looks(draws, look), ours.score() - theirs.score())
             if not difference.low <= 0 <= difference.high:
                 missed += 1
                 break
@@ -163,14 +163,14 @@ def test_a_look_in_which_nothing_changed_is_no_proof() -> None:
     n = 800
     base = Samples("mean", "query", {"values": np.ones((1, n))})
     look = looks_of(n)[0]
-    part = part_of(base, look.n_scored)
+    part = first_scored_part(base, look.n_scored)
     rule = StopRule({("t", "s", "d"): base}, "", 0.005)
     assert not rule.is_decided(("t", "s", "d"), part, look)
 
 
 def test_parts_nest_and_are_a_random_order() -> None:
     for n_all in (400, 1000):
-        smaller, larger = rows_of(n_all, n_all // 8), rows_of(n_all, n_all // 2)
+        smaller, larger = first_scored_rows(n_all, n_all // 8), first_scored_rows(n_all, n_all // 2)
         assert set(smaller) < set(larger)
         assert abs(larger.mean() / n_all - 0.5) < 0.1
         assert (np.diff(larger) > 0).all()

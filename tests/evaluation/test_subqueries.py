@@ -11,9 +11,9 @@ import pytest
 
 import gteopt
 from gteopt.encoder.encoder import Encoder
-from gteopt.evaluation.runner import EncodeOptions, SuiteRun, run_suite
+from gteopt.evaluation.runner import SuiteEncodeOptions, SuiteRun, run_suite
 from gteopt.evaluation.suites import Suite
-from gteopt.evaluation.tasks import load_data, resolve, task_instruction
+from gteopt.evaluation.tasks import load_task_data, resolve_tasks, task_instruction
 
 SUITE = Suite.model_validate(
     {"schema": "gteopt.suite/1", "name": "test", "tasks": [{"task": "MindSmallReranking"}]}
@@ -65,7 +65,7 @@ def write(hub_dir: Path, *, same_answers: bool) -> None:
 
 
 def scored(nano: Encoder, hub_dir: Path) -> SuiteRun:
-    options = EncodeOptions(dtype="float32")
+    options = SuiteEncodeOptions(dtype="float32")
     return run_suite(nano, SUITE, hub_dir=hub_dir, options=options)
 
 
@@ -77,7 +77,7 @@ def test_the_score_of_merged_queries_is_that_of_plain_mteb(nano: Encoder, tmp_pa
 
     write(tmp_path, same_answers=True)
     run = scored(nano, tmp_path)
-    (resolved,) = resolve(SUITE, tmp_path)
+    (resolved,) = resolve_tasks(SUITE, tmp_path)
     instruction = task_instruction(resolved.task)
 
     class Plain(AbsEncoder):  # type: ignore[misc]
@@ -106,7 +106,7 @@ def test_the_order_in_which_judgments_are_read_decides_no_score(
     write(tmp_path, same_answers=False)
     assert len({scored(nano, tmp_path).scores[0].score for _ in range(3)}) == 1
     for _ in range(3):
-        (resolved,) = resolve(SUITE, tmp_path)
-        load_data([resolved])
+        (resolved,) = resolve_tasks(SUITE, tmp_path)
+        load_task_data([resolved])
         data = resolved.task.dataset["default"]["test"]
         assert list(data["relevant_docs"]) == list(data["queries"]["id"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from gteopt.config.yaml_files import shipped_names
+from gteopt.config.yaml_files import list_shipped_names
 from gteopt.errors import InputError
 from gteopt.evaluation.suites import Suite
 from gteopt.evaluation.tasks import load_suite
@@ -92,25 +92,25 @@ def test_a_lite_suite_covers_every_task_type_with_tasks_of_the_whole(name: str) 
 def test_every_shipped_suite_loads_and_pins_what_it_downloads() -> None:
     from gteopt.evaluation.mini_tasks import MINI_TASKS
 
-    for name in shipped_names("eval/suites"):
+    for name in list_shipped_names("eval/suites"):
         for task in load_suite(name).tasks:
             assert task.task in MINI_TASKS or task.revision or task.parts, (name, task.task)
 
 
 def test_the_parts_of_an_aggregate_count_as_subsets_of_one_task(tmp_path: Path) -> None:
-    from gteopt.evaluation.tasks import resolve
+    from gteopt.evaluation.tasks import resolve_tasks
 
     suite = suite_of({"task": "CQADupstackRetrieval"})
-    parts = resolve(suite, None)
+    parts = resolve_tasks(suite, None)
     assert len(parts) == 12
     assert {part.aggregate for part in parts} == {"CQADupstackRetrieval"}
     with pytest.raises(InputError) as caught:
-        resolve(suite, tmp_path)
+        resolve_tasks(suite, tmp_path)
     assert str(caught.value).count("hf download") == 12
 
 
 def test_data_of_another_revision_than_pinned_are_refused(tmp_path: Path) -> None:
-    from gteopt.evaluation.tasks import resolve
+    from gteopt.evaluation.tasks import resolve_tasks
 
     folder = tmp_path / "mteb" / "stsbenchmark-sts"
     notes = folder / ".cache" / "huggingface" / "download"
@@ -124,25 +124,25 @@ def test_data_of_another_revision_than_pinned_are_refused(tmp_path: Path) -> Non
     pinned = {"task": "STSBenchmark", "revision": "a" * 40}
     note("b" * 40)
     with pytest.raises(InputError) as caught:
-        resolve(suite_of(pinned), tmp_path)
+        resolve_tasks(suite_of(pinned), tmp_path)
     for expected in ("b" * 40, "a" * 40, f"--revision {'a' * 40}", str(folder)):
         assert expected in str(caught.value)
     note("a" * 40)
-    assert resolve(suite_of(pinned), tmp_path)[0].revision == "a" * 40
+    assert resolve_tasks(suite_of(pinned), tmp_path)[0].revision == "a" * 40
 
     (notes / "test.jsonl.metadata").unlink()
-    by_content = resolve(suite_of(pinned), tmp_path)[0].revision
+    by_content = resolve_tasks(suite_of(pinned), tmp_path)[0].revision
     assert by_content.startswith("sha256:")
     content = by_content.removeprefix("sha256:")
-    assert resolve(suite_of({**pinned, "files_sha256": content}), tmp_path)
+    assert resolve_tasks(suite_of({**pinned, "files_sha256": content}), tmp_path)
     with pytest.raises(InputError, match="other data"):
-        resolve(suite_of({**pinned, "files_sha256": "0" * 64}), tmp_path)
+        resolve_tasks(suite_of({**pinned, "files_sha256": "0" * 64}), tmp_path)
 
 
 def test_a_pinned_revision_is_what_the_hub_is_asked_for() -> None:
-    from gteopt.evaluation.tasks import resolve
+    from gteopt.evaluation.tasks import resolve_tasks
 
-    resolved = resolve(suite_of({"task": "STSBenchmark", "revision": "c" * 40}), None)[0]
+    resolved = resolve_tasks(suite_of({"task": "STSBenchmark", "revision": "c" * 40}), None)[0]
     assert resolved.task.metadata.dataset["revision"] == resolved.revision == "c" * 40
 
 
@@ -165,24 +165,24 @@ def test_wrong_pins_of_a_suite_are_named_at_once(tmp_path: Path) -> None:
 
 
 def test_the_offline_data_are_as_pinned(shared: Path) -> None:
-    from gteopt.evaluation.tasks import resolve
+    from gteopt.evaluation.tasks import resolve_tasks
 
-    assert len(resolve(load_suite("offline"), shared / "hub")) == 7
+    assert len(resolve_tasks(load_suite("offline"), shared / "hub")) == 7
 
 
 @pytest.mark.parametrize("name", [*BENCHMARKS, "offline"])
 def test_every_task_of_a_benchmark_has_an_instruction_of_its_own(name: str) -> None:
     """No task uses the sentence that mteb has for all tasks of a type."""
-    from gteopt.evaluation.tasks import resolve
+    from gteopt.evaluation.tasks import resolve_tasks
 
-    for resolved in resolve(load_suite(name), None):
+    for resolved in resolve_tasks(load_suite(name), None):
         assert resolved.instruction != resolved.task.abstask_prompt, resolved.name
 
 
 def test_instructions_are_those_of_gte_qwen2s_authors() -> None:
     """Some of each kind, from scripts/eval_mteb.py of Alibaba-NLP/gte-Qwen2-7B-instruct."""
-    from gteopt.evaluation.instructions import on_documents
-    from gteopt.evaluation.tasks import resolve
+    from gteopt.evaluation.instructions import instructs_documents
+    from gteopt.evaluation.tasks import resolve_tasks
 
     expected = {
         "STSBenchmark": ("Retrieve semantically similar text", False),
@@ -210,23 +210,23 @@ def test_instructions_are_those_of_gte_qwen2s_authors() -> None:
             False,
         ),
     }
-    tasks = resolve(suite_of(*({"task": name} for name in expected)), None)
+    tasks = resolve_tasks(suite_of(*({"task": name} for name in expected)), None)
     assert {
-        task.name: (task.instruction, on_documents("gte-qwen", task.name)) for task in tasks
+        task.name: (task.instruction, instructs_documents("gte-qwen", task.name)) for task in tasks
     } == expected
-    forums = resolve(suite_of({"task": "CQADupstackRetrieval"}), None)
-    assert all(on_documents("gte-qwen", task.name) for task in forums)
+    forums = resolve_tasks(suite_of({"task": "CQADupstackRetrieval"}), None)
+    assert all(instructs_documents("gte-qwen", task.name) for task in forums)
     assert all("duplicates to" in task.instruction for task in forums)
-    assert not on_documents("e5-mistral", "ArguAna")
+    assert not instructs_documents("e5-mistral", "ArguAna")
     for name in ("ArguAna-PL", "ArguAna-Fa", "ArguAna-NL"):
-        assert on_documents("gte-qwen", name)
-        assert not on_documents("e5-mistral", name)
+        assert instructs_documents("gte-qwen", name)
+        assert not instructs_documents("e5-mistral", name)
 
 
 def test_a_suite_overrides_instruction_and_symmetry() -> None:
-    from gteopt.evaluation.tasks import resolve
+    from gteopt.evaluation.tasks import resolve_tasks
 
-    (task,) = resolve(
+    (task,) = resolve_tasks(
         suite_of({"task": "ArguAna", "instruction": "Refute.", "symmetric": False}), None
     )
     assert (task.instruction, task.symmetric) == ("Refute.", False)

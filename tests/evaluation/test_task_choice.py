@@ -9,26 +9,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gteopt.commands.estimate_evaluation import within_budget
+from gteopt.commands.estimate_evaluation import limit_evaluation_time
 from gteopt.errors import InputError
 from gteopt.evaluation.suites import read_suite
 from gteopt.evaluation.task_choice import (
     RATE,
+    choose_suite_part,
     choose_tasks,
-    covering,
-    fit,
-    foretold,
-    part_within,
+    conformal_bound,
+    fit_forecast,
+    forecast_suite_mean,
     read_task_scores,
 )
-from gteopt.evaluation.task_facts import amount_of
+from gteopt.evaluation.task_facts import task_amount
 
 SUITES = sorted(read_task_scores())
 
 
 def seconds(name: str, tokens_per_s: float = 5000) -> dict[str, float]:
     """Seconds that each task of a suite takes at a speed."""
-    amounts = {task.task: amount_of(task, 512) for task in read_suite(name).tasks}
+    amounts = {task.task: task_amount(task, 512) for task in read_suite(name).tasks}
     return {task: amount.n_tokens / tokens_per_s for task, amount in amounts.items() if amount}
 
 
@@ -50,7 +50,7 @@ def test_no_organisation_has_models_that_choose_and_models_that_judge(name: str)
 @pytest.mark.parametrize("budget_s", [120.0, 1800.0])
 def test_a_part_fits_its_time_and_says_what_it_stands_for(name: str, budget_s: float) -> None:
     costs = seconds(name)
-    part = part_within(read_suite(name), costs, budget_s)
+    part = choose_suite_part(read_suite(name), costs, budget_s)
     stands = part.stands_for
     assert stands is not None
     assert sum(costs[task.task] for task in part.tasks) <= budget_s
@@ -77,8 +77,8 @@ def test_the_stated_error_covers_models_that_neither_chose_nor_stated_it(name: s
         choosing, stating, checking = (values[of_model == number] for number in range(3))
         if len(choosing) < 10 or len(stating) < 10:
             continue
-        forecast = fit(choosing, choose_tasks(choosing, cost, float(cost.sum()) / 20))
-        error = covering(np.abs(forecast.of(stating) - stating.mean(axis=1)), RATE)
+        forecast = fit_forecast(choosing, choose_tasks(choosing, cost, float(cost.sum()) / 20))
+        error = conformal_bound(np.abs(forecast.of(stating) - stating.mean(axis=1)), RATE)
         off = np.abs(forecast.of(checking) - checking.mean(axis=1))
         covered, n_checked = covered + int((off <= error).sum()), n_checked + len(off)
         widths.append(error)
@@ -90,7 +90,7 @@ def test_the_stated_error_covers_models_that_neither_chose_nor_stated_it(name: s
 def test_more_time_foretells_better() -> None:
     errors = []
     for budget_s in (60.0, 1800.0, 7200.0, 4 * 7200.0):
-        stands = part_within(read_suite("mteb-en"), seconds("mteb-en"), budget_s).stands_for
+        stands = choose_suite_part(read_suite("mteb-en"), seconds("mteb-en"), budget_s).stands_for
         assert stands is not None
         errors.append(stands.error)
     assert errors == sorted(errors, reverse=True)
@@ -125,31 +125,31 @@ def test_a_choice_is_nearly_the_best_of_all() -> None:
 
 def test_enough_time_is_the_suite_itself() -> None:
     suite = read_suite("mteb-pl")
-    assert part_within(suite, seconds("mteb-pl"), 1e9) is suite
+    assert choose_suite_part(suite, seconds("mteb-pl"), 1e9) is suite
 
 
 def test_all_tasks_with_scores_foretell_without_an_error() -> None:
     suite, costs = read_suite("mteb-en"), seconds("mteb-en")
-    part = part_within(suite, costs, sum(costs.values()) - min(costs.values()) / 2)
+    part = choose_suite_part(suite, costs, sum(costs.values()) - min(costs.values()) / 2)
     assert part.stands_for is not None
     assert part.stands_for.error < 0.005
-    assert foretold(part.stands_for, {}) is None
+    assert forecast_suite_mean(part.stands_for, {}) is None
 
 
 def test_what_cannot_be_chosen_is_said() -> None:
     with pytest.raises(InputError, match=r"rteb has none; suites that have some: c-mteb, mteb-en"):
-        part_within(read_suite("rteb"), {}, 60)
+        choose_suite_part(read_suite("rteb"), {}, 60)
     with pytest.raises(
         InputError, match=r"no task of mteb-en fits --budget: the shortest, BIOSSES"
     ):
-        part_within(read_suite("mteb-en"), seconds("mteb-en"), 0.01)
+        choose_suite_part(read_suite("mteb-en"), seconds("mteb-en"), 0.01)
 
 
 def test_a_folder_keeps_its_tasks_whatever_the_speed_is_next_time(tmp_path: Path) -> None:
     suite = read_suite("mteb-en")
-    kept = within_budget({"nano": "nano"}, suite, 600.0, tmp_path)
-    again = within_budget({"nano": "nano"}, suite, 600.0, tmp_path, n_models=50)
-    longer = within_budget({"nano": "nano"}, suite, 601.0, tmp_path, n_models=4)
+    kept = limit_evaluation_time({"nano": "nano"}, suite, 600.0, tmp_path)
+    again = limit_evaluation_time({"nano": "nano"}, suite, 600.0, tmp_path, n_models=50)
+    longer = limit_evaluation_time({"nano": "nano"}, suite, 601.0, tmp_path, n_models=4)
     assert again == kept
     assert longer != kept
     assert Counter(task.task for task in kept.tasks).most_common(1)[0][1] == 1
@@ -163,7 +163,7 @@ def test_tasks_without_their_data_in_the_folder_are_not_chosen(tmp_path: Path) -
     for task, data, _ in missing_data(suite, tmp_path):
         if task in wanted:
             (tmp_path / data).mkdir(parents=True, exist_ok=True)
-    part = within_budget({"nano": "nano"}, suite, 3600.0, hub_dir=tmp_path)
+    part = limit_evaluation_time({"nano": "nano"}, suite, 3600.0, hub_dir=tmp_path)
     assert {task.task for task in part.tasks} <= wanted
     assert part.stands_for is not None
     assert part.stands_for.error > 0.02

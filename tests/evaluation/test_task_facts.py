@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from gteopt.config.yaml_files import shipped_names
+from gteopt.config.yaml_files import list_shipped_names
 from gteopt.errors import InputError
 from gteopt.evaluation.suites import Suite, SuiteTask, read_protocol, read_suite
 from gteopt.evaluation.task_facts import (
-    amount_of,
+    apply_protocol,
     filter_suite,
     read_task_facts,
-    under_protocol,
+    task_amount,
 )
 
 
@@ -26,9 +26,9 @@ def suite_of(*tasks: str | dict[str, Any]) -> Suite:
 
 def test_every_task_of_a_shipped_suite_is_known() -> None:
     facts = read_task_facts()
-    for name in shipped_names("eval/suites"):
+    for name in list_shipped_names("eval/suites"):
         for task in read_suite(name).tasks:
-            amount = amount_of(task)
+            amount = task_amount(task)
             assert amount is not None, task.task
             assert amount.n_texts > 0 or facts[task.task].kind == "Retrieval", task.task
 
@@ -54,7 +54,7 @@ def test_texts_and_characters_are_mtebs_statistics() -> None:
     size = read_task_facts()["NFCorpus"].sizes["test"]["default"]
     assert size.n_documents == stats["documents_text_statistics"]["unique_texts"]
     assert size.n_texts == stats["queries_text_statistics"]["unique_texts"]
-    capped = amount_of(SuiteTask(task="NFCorpus", splits=("test",)), max_tokens=64)
+    capped = task_amount(SuiteTask(task="NFCorpus", splits=("test",)), max_tokens=64)
     assert capped is not None
     assert capped.n_tokens <= 64 * capped.n_texts
 
@@ -83,9 +83,9 @@ def test_a_filter_that_leaves_nothing_says_what_there_is() -> None:
 
 def test_protocols_change_length_and_normalization_as_the_authors_scripts_do() -> None:
     suite = suite_of("Banking77Classification", "STSBenchmark")
-    gte = under_protocol(suite, read_protocol("gte-authors"))
+    gte = apply_protocol(suite, read_protocol("gte-authors"))
     assert (gte.max_tokens, gte.normalize, gte.protocol) == (512, False, "gte-authors")
-    e5 = under_protocol(suite, read_protocol("e5-authors"))
+    e5 = apply_protocol(suite, read_protocol("e5-authors"))
     assert (e5.max_tokens, e5.normalize) == (512, True)
     assert [task.normalize for task in e5.tasks] == [False, None]
     assert len({changed.sha256({}) for changed in (suite, gte, e5)}) == 3

@@ -11,14 +11,14 @@ import torch
 from safetensors.numpy import load_file
 
 import gteopt
-from gteopt.corpus.workers import local_workers
-from gteopt.encoder.changed_encoder import changed_encoder
+from gteopt.corpus.workers import start_local_workers
+from gteopt.encoder.changed_encoder import change_encoder
 from gteopt.encoder.encoder import Encoder
 from gteopt.evaluation.instructions import TaskInstruction
 from gteopt.evaluation.mteb_model import TaskModel
-from gteopt.evaluation.runner import EncodeOptions, run_suite
+from gteopt.evaluation.runner import SuiteEncodeOptions, run_suite
 from gteopt.evaluation.suites import Suite, read_protocol
-from gteopt.evaluation.task_facts import under_protocol
+from gteopt.evaluation.task_facts import apply_protocol
 from gteopt.evaluation.task_vectors import TaskVectors
 from gteopt.evaluation.views import own_view
 
@@ -36,7 +36,7 @@ def suite_of(*tasks: dict[str, Any], **fields: Any) -> Suite:
 
 
 def test_texts_are_cut_where_the_task_says_and_the_encoder_stays_as_it_was(nano: Encoder) -> None:
-    changed = changed_encoder(nano, 16, normalize=True)
+    changed = change_encoder(nano, 16, normalize=True)
     assert isinstance(changed, Encoder)
     vectors = changed.embed(TEXTS)
     expected = nano.embed_tokens(nano.tokenization.tokenize(TEXTS, max_tokens=16))
@@ -48,17 +48,17 @@ def test_texts_are_cut_where_the_task_says_and_the_encoder_stays_as_it_was(nano:
 def test_vectors_keep_their_length_where_the_protocol_does_not_normalize(
     nano: Encoder, tmp_path: Path
 ) -> None:
-    changed = changed_encoder(nano, 512, normalize=False)
+    changed = change_encoder(nano, 512, normalize=False)
     assert isinstance(changed, Encoder)
     raw = changed.embed(TEXTS)
     lengths = np.linalg.norm(raw, axis=1)
     assert (np.abs(lengths - 1) > 0.1).all()
     np.testing.assert_allclose(raw / lengths[:, None], nano.embed(TEXTS), atol=1e-6)
 
-    vectors = TaskVectors(nano, tmp_path, EncodeOptions(dtype="float32"), lambda note: None)
-    from gteopt.evaluation.tasks import resolve
+    vectors = TaskVectors(nano, tmp_path, SuiteEncodeOptions(dtype="float32"), lambda note: None)
+    from gteopt.evaluation.tasks import resolve_tasks
 
-    (task,) = resolve(suite_of({"task": "MiniSTS", "normalize": False}), None)
+    (task,) = resolve_tasks(suite_of({"task": "MiniSTS", "normalize": False}), None)
     model = TaskModel(vectors.of(task), own_view(nano), TaskInstruction())
     encoded = model.encode([{"text": TEXTS}])
     np.testing.assert_allclose(encoded, changed.embed(TEXTS, role="query"), rtol=1e-4, atol=1e-5)
@@ -71,7 +71,7 @@ def test_a_protocol_changes_classification_and_leaves_similarity(
     """Cosines ignore the lengths of vectors; logistic regression does not."""
     suite = suite_of({"task": "MiniIntentClassification"}, {"task": "MiniSTS", "subsets": ["en"]})
     usual = run_suite(nano, suite, store=tmp_path)
-    authors = run_suite(nano, under_protocol(suite, read_protocol("gte-authors")), store=tmp_path)
+    authors = run_suite(nano, apply_protocol(suite, read_protocol("gte-authors")), store=tmp_path)
     usual_scores, authors_scores = (
         {score.task: score.score for score in run.scores} for run in (usual, authors)
     )
@@ -93,8 +93,8 @@ def test_workers_give_the_bits_of_one_process_under_a_protocol(
             {"task": "MiniBitextMining", "subsets": ["en-fr"]},
         )
         alone = run_suite(nano, suite, store=tmp_path / "alone")
-        with local_workers(["cpu", "cpu"]) as workers:
-            options = EncodeOptions(encode=workers.encoding(nano, "nano", hub_dir=None))
+        with start_local_workers(["cpu", "cpu"]) as workers:
+            options = SuiteEncodeOptions(encode=workers.encoding(nano, "nano", hub_dir=None))
             together = run_suite(nano, suite, store=tmp_path / "together", options=options)
     finally:
         torch.set_num_threads(n_threads)

@@ -15,17 +15,17 @@ import pytest
 
 import gteopt
 from gteopt.build.fit_vectors import fit_transforms
-from gteopt.commands.evaluate import Grid, Setup, compare_texts, score
+from gteopt.commands.evaluate import EvaluationSetup, VectorGrid, evaluate_suite, evaluate_texts
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import InputError
-from gteopt.evaluation.compare import compare
-from gteopt.evaluation.fidelity import fidelity, sample_of
+from gteopt.evaluation.compare import compare_with_baseline
+from gteopt.evaluation.fidelity import make_fidelity_sample, score_fidelity
 from gteopt.evaluation.mini_tasks import mini_rows
 from gteopt.evaluation.runner import run_suite
-from gteopt.evaluation.suites import Suite, with_data
+from gteopt.evaluation.suites import Suite, add_own_task
 from gteopt.evaluation.tasks import load_suite
-from gteopt.evaluation.user_data import Collection, Pairs, read_own, read_texts
-from gteopt.progress import quiet
+from gteopt.evaluation.user_data import Collection, Pairs, read_own_data, read_texts
+from gteopt.progress import ignore_progress
 from gteopt.records.evaluation import FidelityReport
 from gteopt.records.examples import Examples
 from gteopt.records.files import read_record
@@ -66,7 +66,7 @@ def test_own_data_score_as_the_same_data_do_as_a_task(nano: Encoder, tmp_path: P
         writer.writerows(pairs)
     tasks = [{"task": "MiniRetrieval"}, {"task": "MiniSTS", "subsets": ["en"]}]
     theirs = Suite.model_validate({"schema": "gteopt.suite/1", "name": "both", "tasks": tasks})
-    suite = with_data(with_data(theirs, beir(tmp_path / "library")), path)
+    suite = add_own_task(add_own_task(theirs, beir(tmp_path / "library")), path)
     run = run_suite(nano, suite)
     assert not run.failed
     score_of = {row.task: row.score for row in run.scores}
@@ -85,25 +85,28 @@ def test_a_suite_with_own_data_is_known_by_what_they_hold_wherever_they_lie(
     write_lines(tmp_path / "moved" / "pairs.jsonl", rows)
     write_lines(tmp_path / "longer" / "pairs.jsonl", [*rows, rows[0] | {"score": 9}])
     original, moved, longer = (
-        run_suite(nano, with_data(None, tmp_path / name), store=tmp_path / "store")
+        run_suite(nano, add_own_task(None, tmp_path / name), store=tmp_path / "store")
         for name in ("pairs.jsonl", "moved/pairs.jsonl", "longer/pairs.jsonl")
     )
     assert original.suite_sha256 == moved.suite_sha256 != longer.suite_sha256
-    assert compare(original, moved, variant_name="moved").suite_sha256 == original.suite_sha256
+    assert (
+        compare_with_baseline(original, moved, variant_name="moved").suite_sha256
+        == original.suite_sha256
+    )
     with pytest.raises(InputError, match="with other tasks or data"):
-        compare(original, longer, variant_name="longer")
+        compare_with_baseline(original, longer, variant_name="longer")
 
 
 def test_own_queries_carry_the_users_instruction(nano: Encoder, tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     texts = ["a cat", "a dog", "a boat", "a ship"]
     write_lines(path, [{"text1": t, "text2": "a ship", "label": i} for i, t in enumerate(texts)])
-    run = run_suite(nano, with_data(None, path, instruction="Find vessels."))
+    run = run_suite(nano, add_own_task(None, path, instruction="Find vessels."))
     assert [result.instruction for result in run.scores] == ["Find vessels."]
 
 
 def test_cranfield_is_read_whole(shared: Path) -> None:
-    collection = read_own(shared / "beir" / "cranfield")
+    collection = read_own_data(shared / "beir" / "cranfield")
     assert isinstance(collection, Collection)
     assert (len(collection.corpus), len(collection.queries)) == (1400, 225)
     assert list(collection.qrels) == ["test"]
@@ -122,7 +125,7 @@ def test_every_fault_of_a_collection_is_named_with_its_line(tmp_path: Path) -> N
     # The first line is no heading: its first cell is a query, though its third is no number.
     (folder / "qrels" / "train.tsv").write_text("q1\td1\tone\nq1\td1\t1\nq1\td1\t2\n")
     with pytest.raises(InputError) as caught:
-        read_own(folder)
+        read_own_data(folder)
     message = str(caught.value)
     assert "has 10 problem(s)" in message
     for expected in (
@@ -147,10 +150,10 @@ def test_one_fault_of_a_file_is_told_once(tmp_path: Path) -> None:
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels" / "test.tsv").write_bytes(b"q1\td1\t1\n\xff\n")
     with pytest.raises(InputError, match=r"1 problem\(s\)(.|\n)*is not UTF-8 text"):
-        read_own(tmp_path)
+        read_own_data(tmp_path)
     (tmp_path / "qrels" / "test.tsv").write_text("q1\td1\t0\n")
     with pytest.raises(InputError, match=r"1 problem\(s\)(.|\n)*judges no document as relevant"):
-        read_own(tmp_path)
+        read_own_data(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +174,7 @@ def test_a_line_that_no_library_can_read_is_named(
     (tmp_path / "qrels" / "test.tsv").write_text("q1\td0\t1\n")
     (tmp_path / "corpus.jsonl").write_bytes(b'{"_id": "d0", "text": "one"}\n' + content + b"\n")
     with pytest.raises(InputError) as caught:
-        read_own(tmp_path)
+        read_own_data(tmp_path)
     assert expected in str(caught.value)
     assert len(str(caught.value)) < 1000
 
@@ -185,7 +188,7 @@ def test_numbers_as_ids_and_titles_are_texts_and_a_line_separator_ends_no_line(
     write_lines(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "?"}])
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels" / "test.tsv").write_text("q1\t1\t1\n")
-    collection = read_own(tmp_path)
+    collection = read_own_data(tmp_path)
     assert isinstance(collection, Collection)
     assert collection.corpus[0] == {"id": "1", "title": "1984", "text": "one\u2028two"}
 
@@ -199,29 +202,29 @@ def test_grades_that_the_metric_library_cannot_count_are_refused(
     (tmp_path / "qrels").mkdir()
     (tmp_path / "qrels" / "test.tsv").write_text(f"q1\td1\t{grade}\n")
     with pytest.raises(InputError, match=r"test\.tsv:1: .*a whole grade up to 1,000"):
-        read_own(tmp_path)
+        read_own_data(tmp_path)
     table = tmp_path / "pairs.jsonl"
     table.write_text(f'{{"query": "q", "positive": "p", "score": "{grade}"}}\n')
     with pytest.raises(InputError, match=r"pairs\.jsonl:1: .*a whole grade up to 1,000"):
-        read_own(table)
+        read_own_data(table)
 
 
 def test_a_long_cell_of_a_table_is_read(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     long = "x" * 140_000
     path.write_text(f"sentence1,sentence2,score\n{long},b,1\nc,d,2\ne,f,3\n")
-    pairs = read_own(path)
+    pairs = read_own_data(path)
     assert isinstance(pairs, Pairs)
     assert pairs.first[0] == long
 
 
 def test_missing_files_of_a_collection_are_named_together(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
-        read_own(tmp_path)
+        read_own_data(tmp_path)
     for expected in ("corpus.jsonl", "queries.jsonl", "qrels/*.tsv"):
         assert f"no file {tmp_path}/{expected}" in str(caught.value)
     with pytest.raises(InputError, match="does not exist"):
-        read_own(tmp_path / "nowhere")
+        read_own_data(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_faults_of_pairs_are_named(tmp_path: Path, content: str, expected: str) 
     path = tmp_path / "pairs.csv"
     path.write_text(content)
     with pytest.raises(InputError) as caught:
-        read_own(path)
+        read_own_data(path)
     assert expected in str(caught.value)
 
 
@@ -251,13 +254,13 @@ def test_faulty_own_data_stop_a_run_beside_other_missing_data(
     path = tmp_path / "pairs.csv"
     path.write_text("sentence1,sentence2,score\na,b,1\n")
     with pytest.raises(InputError) as caught:
-        run_suite(nano, with_data(load_suite("stsb"), path), hub_dir=tmp_path)
+        run_suite(nano, add_own_task(load_suite("stsb"), path), hub_dir=tmp_path)
     own_faults, lacking = str(caught.value).split("suite stsb-own", 1)
     assert "1 pairs" in own_faults
     assert lacking.startswith(" lacks data")
     assert "mteb/banking77" in lacking
     with pytest.raises(InputError) as caught:
-        run_suite(nano, with_data(None, path))
+        run_suite(nano, add_own_task(None, path))
     assert str(caught.value).startswith(f"{path} has 1 problem(s)")
 
 
@@ -267,7 +270,7 @@ def test_pairs_are_read_whatever_separates_their_columns(tmp_path: Path, separat
     path = tmp_path / "pairs.csv"
     with path.open("w", newline="") as handle:
         csv.writer(handle, delimiter=separator).writerows(rows)
-    pairs = read_own(path)
+    pairs = read_own_data(path)
     assert isinstance(pairs, Pairs)
     assert pairs.first == ("a, b; c",) * 3
     assert (pairs.second, pairs.scores) == (("d 0", "d 1", "d 2"), (0.0, 1.0, 2.0))
@@ -276,9 +279,9 @@ def test_pairs_are_read_whatever_separates_their_columns(tmp_path: Path, separat
 def test_own_data_may_not_take_the_name_of_a_task(nano: Encoder, tmp_path: Path) -> None:
     path = tmp_path / "STSBenchmark.csv"
     path.write_text("sentence1,sentence2,score\na,b,1\nc,d,2\ne,f,3\n")
-    assert isinstance(read_own(path), Pairs)
+    assert isinstance(read_own_data(path), Pairs)
     with pytest.raises(InputError, match="is mteb's; give your own data another name"):
-        run_suite(nano, with_data(None, path))
+        run_suite(nano, add_own_task(None, path))
 
 
 @pytest.fixture
@@ -294,7 +297,9 @@ def test_own_texts_give_fidelity_without_labels(own_texts: tuple[Path, list[str]
     path, texts = own_texts
     assert read_texts(path) == texts
     sources = {"baseline": "nano", "same": "nano"}
-    report = compare_texts(sources, path, None, how=Setup(device="cpu"), progress=quiet)["same"]
+    report = evaluate_texts(
+        sources, path, None, how=EvaluationSetup(device="cpu"), progress=ignore_progress
+    )["same"]
     assert report.fidelity.n_texts == 60
     assert report.fidelity.neighbour_overlap == 1
     np.testing.assert_allclose(
@@ -308,11 +313,11 @@ def test_own_texts_are_encoded_once_for_every_length_code_and_run(
 ) -> None:
     path, texts = own_texts
     sources = {"base": "nano", "same": "nano"}
-    grid = Grid((256, 32), ("float32", "binary"))
+    grid = VectorGrid((256, 32), ("float32", "binary"))
 
     def compared() -> dict[str, FidelityReport]:
-        setup = Setup(device="cpu", grid=grid)
-        return compare_texts(sources, path, tmp_path, how=setup, progress=quiet)
+        setup = EvaluationSetup(device="cpu", grid=grid)
+        return evaluate_texts(sources, path, tmp_path, how=setup, progress=ignore_progress)
 
     first_reports = compared()
     took = {
@@ -325,9 +330,9 @@ def test_own_texts_are_encoded_once_for_every_length_code_and_run(
     assert "texts encoded: 60; encodings saved: 420" in str(fidelity_table(first_reports).caption)
     # An oracle: the vectors of one call, without cache and rounding.
     vectors = nano.embed(texts)
-    sample = sample_of(texts, vectors)
+    sample = make_fidelity_sample(texts, vectors)
     for row, transform in zip(rows, fit_transforms(nano, grid.dims, grid.codes), strict=False):
-        expected = fidelity(sample, sample, transform)
+        expected = score_fidelity(sample, sample, transform)
         measured = first_reports[row].fidelity
         assert measured.neighbour_overlap == pytest.approx(expected.neighbour_overlap, abs=0.005)
         assert measured.spearman == pytest.approx(expected.spearman, abs=0.005)
@@ -350,14 +355,14 @@ def test_examples_are_written_only_where_they_are_asked_for(
 ) -> None:
     path, texts = own_texts
     out = tmp_path / "out"
-    plain = Setup(device="cpu", grid=Grid((32,), ("binary",)))
+    plain = EvaluationSetup(device="cpu", grid=VectorGrid((32,), ("binary",)))
     sources = {"base": "nano", "same": "nano"}
     file = out / "examples" / "same-32-binary.json"
 
     keeping = replace(plain, examples=True)
-    compare_texts(sources, path, out, how=plain, progress=quiet)
+    evaluate_texts(sources, path, out, how=plain, progress=ignore_progress)
     assert not (out / "examples").exists()
-    compare_texts(sources, path, out, how=keeping, progress=quiet)
+    evaluate_texts(sources, path, out, how=keeping, progress=ignore_progress)
     stored = read_record(file, Examples)
     assert len(stored.examples) == 10
     assert {example.text for example in stored.examples} <= set(texts)
@@ -365,24 +370,24 @@ def test_examples_are_written_only_where_they_are_asked_for(
     report = html_page(read_results(out), title="own")
     assert html.escape(stored.examples[0].text[:200]) in report
     # A run without examples leaves no texts of the run before.
-    compare_texts(sources, path, out, how=plain, progress=quiet)
+    evaluate_texts(sources, path, out, how=plain, progress=ignore_progress)
     assert not file.exists()
     assert html.escape(stored.examples[0].text[:200]) not in html_page(
         read_results(out), title="own"
     )
     with pytest.raises(InputError, match="give --out"):
-        compare_texts(sources, path, None, how=keeping, progress=quiet)
+        evaluate_texts(sources, path, None, how=keeping, progress=ignore_progress)
 
 
 def test_examples_of_an_own_collection_are_its_queries_with_its_documents(tmp_path: Path) -> None:
     folder = beir(tmp_path / "mine")
-    setup = Setup(device="cpu", grid=Grid((32,), ("binary",)), examples=True)
+    setup = EvaluationSetup(device="cpu", grid=VectorGrid((32,), ("binary",)), examples=True)
     # The texts of another task of the suite are no examples.
     sts = next(task for task in load_suite("mini").tasks if task.task == "MiniSTS")
     mini = load_suite("mini").model_copy(update={"tasks": (sts,)})
-    suite = with_data(mini, folder, instruction="Find what answers the question")
+    suite = add_own_task(mini, folder, instruction="Find what answers the question")
     sources = {"base": "nano", "same": "nano"}
-    score(sources, suite, tmp_path / "out", how=setup, progress=quiet)
+    evaluate_suite(sources, suite, tmp_path / "out", how=setup, progress=ignore_progress)
     examples_of = read_results(tmp_path / "out").examples
     assert set(examples_of) == {"base-32-binary", "same-32-binary"}
     queries = {row["text"] for row in mini_rows("queries")}

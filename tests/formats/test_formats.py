@@ -21,13 +21,13 @@ from gteopt.commands.inspect import inspect
 from gteopt.config.recipe import LayerScheme, Recipe, load_recipe
 from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.formats import FORMATS, choose_format, format_of, gptq
-from gteopt.formats.packed import Shape
+from gteopt.formats.packed import LinearShape
 from gteopt.kernels import make_linear
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.quant.affine import PackedWeight, QuantizedWeight, pack
 from gteopt.quant.grid import code_range
 
-SHAPE = Shape(64, 128)
+SHAPE = LinearShape(64, 128)
 SCHEMES = [
     LayerScheme.model_validate({"bits": bits, "group_size": size, "symmetric": symmetric})
     for bits, size, symmetric in itertools.product(
@@ -252,7 +252,7 @@ def test_a_zero_point_of_zero_needs_version_2() -> None:
     weight = random_weight(scheme)
     with pytest.raises(UnsupportedError, match="cannot hold a zero point of 0; use version 2"):
         gptq.to_tensors(weight, version=1)
-    assert gptq.version_of(scheme) == 2
+    assert gptq.gptq_version(scheme) == 2
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -337,7 +337,7 @@ def test_the_standard_layout_is_taken_whenever_one_can_hold_the_layers() -> None
     assert choose_format("auto", {"a": NF4, "b": int8}, shapes) == "gteopt"
     assert choose_format("gteopt", {"a": int4, "b": int4}, shapes) == "gteopt"
     with pytest.raises(InputError) as caught:
-        choose_format("gptq", {"a": int4, "b": W8A8}, {"a": SHAPE, "b": Shape(63, 128)})
+        choose_format("gptq", {"a": int4, "b": W8A8}, {"a": SHAPE, "b": LinearShape(63, 128)})
     for word in ("b: 63 x 128", "8-bit activations", "differ in bits", "format: auto"):
         assert word in str(caught.value)
 

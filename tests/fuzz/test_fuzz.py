@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import gteopt
-from gteopt.build.calibration_texts import draw_texts
+from gteopt.build.calibration_texts import draw_calibration_texts
 from gteopt.config.recipe import Calibration, Recipe, load_recipe
-from gteopt.errors import GteoptError, visible
-from gteopt.evaluation.user_data import read_own
+from gteopt.errors import GteoptError, escape_control_characters
+from gteopt.evaluation.user_data import read_own_data
 from gteopt.model.artifact import verify
 from tests.support.architectures import make
 
@@ -240,15 +240,15 @@ def test_any_file_of_texts(
     path = tmp_path_factory.mktemp("texts") / f"texts{suffix}"
     path.write_bytes(content)
     with suppress(GteoptError):
-        draw_texts(Calibration(texts=str(path)))
+        draw_calibration_texts(Calibration(texts=str(path)))
     with suppress(GteoptError):
-        read_own(path)
+        read_own_data(path)
 
 
 @FUZZ
 @given(text=st.text())
 def test_no_control_character_reaches_a_terminal(text: str) -> None:
-    shown = visible(text)
+    shown = escape_control_characters(text)
     assert not {char for char in shown if ord(char) < 32 or 127 <= ord(char) < 160} - {"\n", "\t"}
 
 

@@ -66,7 +66,7 @@ def test_tokens_get_exactly_the_codes_of_the_portable_rounding(
         x[1] *= 1e4
         x[2] = 0
         x[3] = x[3].abs()
-        codes, scale, zero = cuda.quantize_tokens(x, symmetric=symmetric)
+        codes, scale, zero = cuda.quantize_tokens_cuda(x, symmetric=symmetric)
         wanted_codes, wanted_scale, wanted_zero = affine.quantize_tokens(x, symmetric=symmetric)
         assert torch.equal(codes, wanted_codes)
         assert torch.equal(scale, wanted_scale)
@@ -89,8 +89,8 @@ def test_a_nan_in_a_token_stays_a_nan_and_leaves_other_tokens_alone(
         rounded, before = cuda.round_tokens(x), cuda.round_tokens(whole)
     else:
         is_symmetric = rounding == "symmetric"
-        rounded = cuda.quantize_tokens(x, symmetric=is_symmetric)
-        before = cuda.quantize_tokens(whole, symmetric=is_symmetric)
+        rounded = cuda.quantize_tokens_cuda(x, symmetric=is_symmetric)
+        before = cuda.quantize_tokens_cuda(whole, symmetric=is_symmetric)
     assert rounded[1].flatten().isnan().tolist() == [False, True, True, False]
     for part, wanted in zip(rounded, before, strict=True):
         if part is not None:
@@ -242,11 +242,11 @@ def test_what_comes_before_a_rounding_is_computed_in_float32(
     wide = x.float()
     mean = wide.pow(2).mean(1, keepdim=True)
     for before, exact in (
-        (cuda.Before(up=up), torch.nn.functional.silu(wide) * up.float()),
-        (cuda.Before(norm=weight, epsilon=1e-3), wide * (mean + 1e-3).rsqrt() * weight.float()),
+        (cuda.FusedStep(up=up), torch.nn.functional.silu(wide) * up.float()),
+        (cuda.FusedStep(norm=weight, epsilon=1e-3), wide * (mean + 1e-3).rsqrt() * weight.float()),
     ):
         for symmetric in (True, False):
-            codes, scale, zero = cuda.quantize_tokens(x, symmetric=symmetric, before=before)
+            codes, scale, zero = cuda.quantize_tokens_cuda(x, symmetric=symmetric, before=before)
             steps = codes.float() if zero is None else codes.float() - zero[:, None]
             # Half a step plus float32 rounding: a value next to a tie may get either code.
             assert float(((steps * scale - exact).abs() / scale).max()) <= 0.502

@@ -18,7 +18,7 @@ from torch import nn
 
 import gteopt.kernels
 from gteopt.config.recipe import Bits, GroupSize, LayerScheme
-from gteopt.kernels import KERNELS, choose, make_linear
+from gteopt.kernels import KERNELS, choose_kernel, make_linear
 from gteopt.kernels.cpu import (
     DenseLinearCpu,
     Int8LinearCpu,
@@ -251,9 +251,11 @@ def test_a_gpu_gets_what_its_capability_multiplies(
         INT3: DequantLinear,
     }
     for scheme, kernel in wanted.items():
-        assert choose(packed(64, 256, scheme), device, kind) is kernel
-    assert choose(packed(64, 256, FP8), device, torch.float32) is Fp8Reference
-    assert choose(packed(20, 256, FP8), device, kind) is Fp8Reference  # 20 is no multiple of 16
+        assert choose_kernel(packed(64, 256, scheme), device, kind) is kernel
+    assert choose_kernel(packed(64, 256, FP8), device, torch.float32) is Fp8Reference
+    assert (
+        choose_kernel(packed(20, 256, FP8), device, kind) is Fp8Reference
+    )  # 20 is no multiple of 16
 
 
 def test_the_integer_product_is_close_to_the_unquantized_one() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 import gteopt.kernels.measured
 from gteopt.config.recipe import GroupSize, LayerScheme
 from gteopt.errors import InputError
-from gteopt.kernels import arithmetic, kernel_name, make_linear
-from gteopt.kernels.cpu import INT8_PRODUCTS, Products, activation_bits, exact_products
+from gteopt.kernels import arithmetic_name, kernel_name, make_linear
+from gteopt.kernels.cpu import INT8_PRODUCTS, CpuProducts, activation_bits, exact_products
 from gteopt.kernels.cpu_int4 import (
     CODES,
     EACH_CALL,
@@ -26,16 +26,16 @@ from gteopt.kernels.cpu_int4 import (
 from gteopt.kernels.measured import (
     DETERMINISTIC,
     KernelTimes,
-    Layer,
+    KernelWays,
     LayerTimes,
-    Ways,
+    MeasuredLayer,
+    choose_kernel_ways,
     decoding_wins,
-    kept_times,
-    pick,
+    measured_layer_times,
     pick_int4,
-    ways_for,
+    pick_int8,
 )
-from gteopt.machine import machine
+from gteopt.machine import describe_machine
 from gteopt.quant.affine import pack, quantize_rtn, quantize_tokens
 from gteopt.records.files import read_record
 
@@ -47,7 +47,7 @@ STATIC = ZEROS.model_copy(update={"activation_static": True})
 FP8 = W8A8.model_copy(update={"number_format": "e4m3"})
 INT4 = LayerScheme(bits=4, group_size=128, symmetric=False)
 INT3 = LayerScheme(bits=3, group_size=64, symmetric=False)
-LAYER = Layer(W8A8, 64, 128)
+LAYER = MeasuredLayer(W8A8, 64, 128)
 KEY = LAYER.key(torch.bfloat16)
 
 
@@ -55,8 +55,8 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def ways_of(scheme: LayerScheme, products: Products | None, dtype: torch.dtype) -> Ways:
-    return Ways({Layer(scheme, 64, 128).key(dtype): products}, decodes=True)
+def ways_of(scheme: LayerScheme, products: CpuProducts | None, dtype: torch.dtype) -> KernelWays:
+    return KernelWays({MeasuredLayer(scheme, 64, 128).key(dtype): products}, decodes=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -67,7 +67,7 @@ def test_every_exact_product_gives_the_same_bits(scheme: LayerScheme, dtype: tor
     names = exact_products()
     assert names, "this build of torch has an int8 product"
     for few, many in itertools.product(names, repeat=2):
-        ways = ways_of(scheme, Products(few, many), dtype)
+        ways = ways_of(scheme, CpuProducts(few, many), dtype)
         layer = make_linear(weight, bias, device=CPU, dtype=dtype, ways=ways)
         for n_tokens in (1, 16, 97, 200):
             x = seeded(n_tokens, 128, seed=2).to(dtype)
@@ -80,7 +80,7 @@ def test_every_int8_product_multiplies_codes_as_float64_does(name: str, dtype: t
     if name not in exact_products():
         pytest.skip(f"{name} does not sum exactly on this processor")
     weight, bias = pack(quantize_rtn(seeded(64, 128), ZEROS)), seeded(64, seed=1)
-    ways = ways_of(ZEROS, Products(name, name), dtype)
+    ways = ways_of(ZEROS, CpuProducts(name, name), dtype)
     layer = make_linear(weight, bias, device=CPU, dtype=dtype, ways=ways)
     x = seeded(120, 128, seed=2).abs().to(dtype)  # one-sided, so that zero points matter
     codes, scale, zero = quantize_tokens(x, symmetric=False, bits=activation_bits())
@@ -101,7 +101,7 @@ def test_every_product_of_a_4_bit_layer_multiplies_as_float64_does(
     weight, bias = pack(quantize_rtn(seeded(64, 128), scheme)), seeded(64, seed=1).bfloat16()
     if not int4_runs_here(weight):
         pytest.skip("torch's 4-bit layout on this CPU is neither that of AVX-512 nor of AVX2")
-    choices = [*itertools.starmap(Products, itertools.product(INT4_PRODUCTS, repeat=2)), None]
+    choices = [*itertools.starmap(CpuProducts, itertools.product(INT4_PRODUCTS, repeat=2)), None]
     for products in choices:
         ways = ways_of(scheme, products, torch.bfloat16)
         layer = make_linear(weight, bias, device=CPU, dtype=torch.bfloat16, ways=ways)
@@ -117,7 +117,7 @@ def test_a_kept_weight_takes_memory_and_is_not_decoded_again() -> None:
     weight = pack(quantize_rtn(seeded(64, 128), INT4))
     if not int4_runs_here(weight):
         pytest.skip("torch's 4-bit layout on this CPU is neither that of AVX-512 nor of AVX2")
-    kept = Int4LinearCpu(weight, None, Products(CODES, KEPT))
+    kept = Int4LinearCpu(weight, None, CpuProducts(CODES, KEPT))
     packed = Int4LinearCpu(weight, None)
     extra = sum(t.nbytes for t in kept.buffers()) - sum(t.nbytes for t in packed.buffers())
     assert extra in (2 * 64 * 128, 4 * 64 * 128)
@@ -136,19 +136,19 @@ def test_a_4_bit_layer_is_never_slower_than_its_decoded_weight_where_memory_allo
         )
 
     usual = times((10, 30), (300, 200, 100))
-    assert pick_int4(usual) == Products(CODES, KEPT)
-    assert pick_int4(usual, may_grow=False) == Products(CODES, EACH_CALL)
+    assert pick_int4(usual) == CpuProducts(CODES, KEPT)
+    assert pick_int4(usual, may_grow=False) == CpuProducts(CODES, EACH_CALL)
     slow_codes = times((30, 25), (300, 200, 100))
     assert pick_int4(slow_codes) is None
     fast_codes = times((10, 30), (90, 200, 100))
-    assert pick_int4(fast_codes) == Products(CODES, CODES)
-    assert pick_int4(fast_codes, may_grow=False) == Products(CODES, CODES)
+    assert pick_int4(fast_codes) == CpuProducts(CODES, CODES)
+    assert pick_int4(fast_codes, may_grow=False) == CpuProducts(CODES, CODES)
 
 
 def test_a_4_bit_layer_keeps_its_weight_decoded_only_where_memory_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = Layer(INT4, 64, 128)
+    layer = MeasuredLayer(INT4, 64, 128)
     if not int4_runs_here(layer.without_data()):
         pytest.skip("torch's 4-bit layout on this CPU is neither that of AVX-512 nor of AVX2")
     key = layer.key(torch.bfloat16)
@@ -157,19 +157,19 @@ def test_a_4_bit_layer_keeps_its_weight_decoded_only_where_memory_allows(
         many={CODES: 9.0, EACH_CALL: 4.0, "decoded": 2.0},
     )
     monkeypatch.setattr(gteopt.kernels.measured, "_measure", lambda layer, dtype: times)
-    ways = ways_for([layer], torch.bfloat16, "measured", folder=tmp_path)
-    assert ways.products == {key: Products(CODES, KEPT)}
+    ways = choose_kernel_ways([layer], torch.bfloat16, "measured", folder=tmp_path)
+    assert ways.products == {key: CpuProducts(CODES, KEPT)}
     assert key in ways.rounding
-    small = machine().model_copy(update={"memory_bytes": 8 * 64 * 128})
-    monkeypatch.setattr("gteopt.kernels.measured.machine", lambda: small)
-    ways = ways_for([layer], torch.bfloat16, "measured", folder=tmp_path)
+    small = describe_machine().model_copy(update={"memory_bytes": 8 * 64 * 128})
+    monkeypatch.setattr("gteopt.kernels.measured.describe_machine", lambda: small)
+    ways = choose_kernel_ways([layer], torch.bfloat16, "measured", folder=tmp_path)
     assert ways == DETERMINISTIC  # the products that it has without measuring, and no more memory
-    assert ways_for([layer], torch.bfloat16, "decoded").products == {key: None}
+    assert choose_kernel_ways([layer], torch.bfloat16, "decoded").products == {key: None}
 
 
 @pytest.mark.parametrize("scheme", [W8A8, ZEROS, STATIC, NF4, INT4, INT3, FP8], ids=str)
 def test_a_random_layer_of_any_scheme_computes_numbers(scheme: LayerScheme) -> None:
-    weight = Layer(scheme, 64, 128).random()
+    weight = MeasuredLayer(scheme, 64, 128).random()
     layer = make_linear(weight, None, device=CPU, dtype=torch.bfloat16)
     assert layer(seeded(3, 128).bfloat16()).isfinite().all()
 
@@ -203,9 +203,9 @@ def test_a_slow_product_is_not_chosen(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(INT8_PRODUCTS, "slow", Slow)
     for name, kind in others.items():
         monkeypatch.setitem(INT8_PRODUCTS, name, kind)
-    times = kept_times({KEY: LAYER}, torch.bfloat16, tmp_path)[KEY]
+    times = measured_layer_times({KEY: LAYER}, torch.bfloat16, tmp_path)[KEY]
     assert times.few["slow"] > 10_000 > times.few["fbgemm"]
-    assert "slow" not in str(pick(times))
+    assert "slow" not in str(pick_int8(times))
 
 
 def test_an_inexact_product_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,22 +221,22 @@ def test_an_inexact_product_is_no_candidate(monkeypatch: pytest.MonkeyPatch) -> 
 def test_times_are_kept_and_another_processor_measures_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = ways_for([LAYER], torch.bfloat16, "measured", folder=tmp_path)
+    first = choose_kernel_ways([LAYER], torch.bfloat16, "measured", folder=tmp_path)
     (file,) = tmp_path.glob("*.json")
-    measured: list[Layer] = []
+    measured: list[MeasuredLayer] = []
     really = gteopt.kernels.measured._measure
 
-    def counted(layer: Layer, dtype: torch.dtype) -> LayerTimes:
+    def counted(layer: MeasuredLayer, dtype: torch.dtype) -> LayerTimes:
         measured.append(layer)
         return really(layer, dtype)
 
     monkeypatch.setattr(gteopt.kernels.measured, "_measure", counted)
-    assert ways_for([LAYER], torch.bfloat16, "measured", folder=tmp_path) == first
+    assert choose_kernel_ways([LAYER], torch.bfloat16, "measured", folder=tmp_path) == first
     assert measured == []
-    here = machine()
+    here = describe_machine()
     other = here.model_copy(update={"cpu": "another processor"})
-    monkeypatch.setattr("gteopt.kernels.measured.machine", lambda: other)
-    ways_for([LAYER], torch.bfloat16, "measured", folder=tmp_path)
+    monkeypatch.setattr("gteopt.kernels.measured.describe_machine", lambda: other)
+    choose_kernel_ways([LAYER], torch.bfloat16, "measured", folder=tmp_path)
     assert measured == [LAYER]
     assert len(list(tmp_path.glob("*.json"))) == 2
     assert read_record(file, KernelTimes).processor == here.cpu
@@ -244,16 +244,16 @@ def test_times_are_kept_and_another_processor_measures_anew(
 
 @pytest.mark.parametrize("damage", ["cut short", "of another processor"])
 def test_a_file_that_is_not_ours_is_ignored_with_a_reason(tmp_path: Path, damage: str) -> None:
-    kept_times({KEY: LAYER}, torch.bfloat16, tmp_path)
+    measured_layer_times({KEY: LAYER}, torch.bfloat16, tmp_path)
     (file,) = tmp_path.glob("*.json")
     content = file.read_text()
     if damage == "cut short":
         file.write_text(content[: len(content) // 2])
     else:
-        cpu = machine().cpu
+        cpu = describe_machine().cpu
         file.write_text(content.replace(cpu, "another processor"))
     with pytest.warns(UserWarning, match="kernels are measured anew"):
-        times = kept_times({KEY: LAYER}, torch.bfloat16, tmp_path)
+        times = measured_layer_times({KEY: LAYER}, torch.bfloat16, tmp_path)
     assert times.keys() == {KEY}
     assert read_record(file, KernelTimes).layers == times
 
@@ -261,34 +261,34 @@ def test_a_file_that_is_not_ours_is_ignored_with_a_reason(tmp_path: Path, damage
 def test_a_folder_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.warns(UserWarning, match="every process measures anew"):
-        times = kept_times({KEY: LAYER}, torch.bfloat16, tmp_path / "file")
+        times = measured_layer_times({KEY: LAYER}, torch.bfloat16, tmp_path / "file")
     assert times.keys() == {KEY}
     with pytest.warns(UserWarning, match="every process measures anew"):
-        assert kept_times({KEY: LAYER}, torch.bfloat16, tmp_path / "file") == times
+        assert measured_layer_times({KEY: LAYER}, torch.bfloat16, tmp_path / "file") == times
 
 
 def test_a_second_copy_must_pay_and_decoding_must_win_clearly() -> None:
     few, many = {"fbgemm": 10.0, "onednn": 12.0}, {"fbgemm": 130.0, "onednn": 100.0}
     near = LayerTimes(few=few | {"decoded": 11.0}, many=many | {"decoded": 95.0})
-    assert pick(near) == Products("onednn", "onednn")
+    assert pick_int8(near) == CpuProducts("onednn", "onednn")
     assert not decoding_wins({"layer": 3}, {"layer": near})
     far = LayerTimes(few=few | {"decoded": 8.0}, many={"fbgemm": 300.0, "onednn": 100.0})
-    assert pick(far.model_copy(update={"few": {"fbgemm": 5.0, "onednn": 12.0}})) == Products(
-        "fbgemm", "onednn"
-    )
+    assert pick_int8(
+        far.model_copy(update={"few": {"fbgemm": 5.0, "onednn": 12.0}})
+    ) == CpuProducts("fbgemm", "onednn")
     slow = LayerTimes(few=few | {"decoded": 5.0}, many=many | {"decoded": 50.0})
     assert decoding_wins({"layer": 3}, {"layer": slow})
 
 
 def test_decoded_layers_change_the_key_of_caches() -> None:
     dtype = torch.bfloat16
-    exact = Ways({KEY: Products("fbgemm", "onednn")})
-    assert arithmetic(CPU, exact) == arithmetic(CPU, DETERMINISTIC)
-    decoded = ways_for([LAYER], dtype, "decoded")
-    assert arithmetic(CPU, decoded) != arithmetic(CPU, DETERMINISTIC)
-    assert ways_for([LAYER], dtype, "deterministic") == DETERMINISTIC
+    exact = KernelWays({KEY: CpuProducts("fbgemm", "onednn")})
+    assert arithmetic_name(CPU, exact) == arithmetic_name(CPU, DETERMINISTIC)
+    decoded = choose_kernel_ways([LAYER], dtype, "decoded")
+    assert arithmetic_name(CPU, decoded) != arithmetic_name(CPU, DETERMINISTIC)
+    assert choose_kernel_ways([LAYER], dtype, "deterministic") == DETERMINISTIC
 
 
 def test_an_unknown_kernel_is_refused_with_what_there_is() -> None:
     with pytest.raises(InputError, match="onednn"):
-        ways_for([LAYER], torch.bfloat16, "onednm")
+        choose_kernel_ways([LAYER], torch.bfloat16, "onednm")

@@ -17,7 +17,13 @@ import pytest
 
 import gteopt
 from gteopt.errors import InputError, IntegrityError
-from gteopt.model.artifact import artifact_sha256, hash_file, read_manifest, verify, verifying
+from gteopt.model.artifact import (
+    artifact_sha256,
+    hash_file,
+    read_manifest,
+    verify,
+    verify_while_reading,
+)
 
 TEXTS = ["Bridges carry loads to the ground.", "一座桥", "Pont"]
 
@@ -62,13 +68,13 @@ def test_weights_are_hashed_beside_what_reads_them(
         return hash_file(path)
 
     monkeypatch.setattr("gteopt.model.artifact.hash_file", hash_after_that)
-    with verifying(artifact) as manifest:
+    with verify_while_reading(artifact) as manifest:
         reading.set()
     assert manifest == read_manifest(artifact)
 
 
 def test_an_error_of_whoever_reads_a_whole_artifact_stays_that_error(artifact: Path) -> None:
-    with pytest.raises(KeyError, match="own"), verifying(artifact):
+    with pytest.raises(KeyError, match="own"), verify_while_reading(artifact):
         raise KeyError("own")
 
 

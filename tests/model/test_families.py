@@ -26,7 +26,7 @@ from gteopt.errors import InputError, IntegrityError, UnsupportedError
 from gteopt.model.artifact import read_manifest
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.model.families import FAMILIES, PUBLISHED
-from gteopt.speed.random_model import shapes, write_published
+from gteopt.speed.random_model import read_model_shapes, write_published_settings
 from tests.support.architectures import sentence_transformer
 from tests.support.models import MODELS, Model, forward_float64, publish
 
@@ -289,7 +289,7 @@ def test_what_cannot_be_told_is_refused_until_the_user_names_the_family(tmp_path
 def test_published_models_have_mtebs_license_and_the_width_of_their_shape(name: str) -> None:
     meta, ours = mteb.get_model_meta(name), PUBLISHED[name]
     # mteb 2.26 gives gte-Qwen2-1.5B the width of its MLP, so a shipped config goes first.
-    shape = shapes().get(name.rpartition("/")[2], {})
+    shape = read_model_shapes().get(name.rpartition("/")[2], {})
     assert (ours.dims, ours.license) == (shape.get("hidden_size", meta.embed_dim), meta.license)
 
 
@@ -304,7 +304,7 @@ def test_every_shipped_shape_has_the_published_number_of_parameters() -> None:
     }
     for full in PUBLISHED:
         name = full.rpartition("/")[2]
-        if name not in shapes():
+        if name not in read_model_shapes():
             continue
         theirs = mteb.get_model_meta(full).n_parameters
         assert theirs is not None
@@ -348,10 +348,10 @@ def test_a_small_model_of_a_published_shape_gives_sentence_transformers_vectors(
     import transformers
 
     folder = tmp_path / name.rpartition("/")[2]
-    known = shapes()[folder.name]
+    known = read_model_shapes()[folder.name]
     config = {**known, **{key: SMALL[key] for key in known if key in SMALL}}
     config |= PADDING.get(known["model_type"], {})
-    write_published(name, config, folder)
+    write_published_settings(name, config, folder)
     torch.manual_seed(0)
     fields = {key: value for key, value in config.items() if key != "model_type"}
     kind = transformers.AutoConfig.for_model(config["model_type"], **fields)
@@ -449,7 +449,12 @@ def test_inspect_tells_the_familys_facts(tmp_path: Path) -> None:
 
 def test_replayed_blocks_give_the_models_own_output_however_often(published: Published3) -> None:
     """Published configs say `use_cache: true`, but no run may see keys of an earlier one."""
-    from gteopt.build.replay import advance_, behind_blocks, open_blocks, running_order
+    from gteopt.build.replay import (
+        open_blocks,
+        order_block_layers,
+        replay_behind_blocks,
+        replay_block_,
+    )
 
     _, folder, _ = published
     assert "use_cache" not in json.loads((folder / "config.json").read_text())  # true by default
@@ -458,7 +463,7 @@ def test_replayed_blocks_give_the_models_own_output_however_often(published: Pub
     blocks, inputs = open_blocks(encoder, tokens)
     for block in blocks:
         for _ in range(2):
-            running_order(block, inputs)
-        advance_(block, inputs)
-    replayed = behind_blocks(encoder, blocks, [batch.hidden for batch in inputs], inputs)
+            order_block_layers(block, inputs)
+        replay_block_(block, inputs)
+    replayed = replay_behind_blocks(encoder, blocks, [batch.hidden for batch in inputs], inputs)
     np.testing.assert_allclose(replayed.numpy(), encoder.embed_tokens(tokens), atol=1e-5)

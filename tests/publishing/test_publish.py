@@ -33,17 +33,19 @@ from gteopt.config.recipe import load_recipe
 from gteopt.errors import GteoptError, InputError, UnsupportedError
 from gteopt.model.artifact import artifact_sha256, read_manifest, verify
 from gteopt.model.checkpoint import open_checkpoint
-from gteopt.publishing.licenses import read_terms
-from gteopt.publishing.publish import prepare
+from gteopt.publishing.licenses import read_license_terms
+from gteopt.publishing.publish import prepare_publication
 from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
-from gteopt.records.environment import Machine
-from gteopt.records.evaluation import Difference, EvalReport, FailedTask, Fidelity, TaskScore
+from gteopt.records.environment import MachineRecord
+from gteopt.records.evaluation import EvalReport, FailedTask, Fidelity, ScoreDifference, TaskScore
 from gteopt.records.files import read_record, write_record
 from tests.support.hub_server import Hub, running
 from tests.support.hub_user import REPO, TOKEN, User, contents
 
 TEXTS = ["Bridges carry loads to the ground.", "一座桥", "Pont"]
-MACHINE = Machine(cpu="a CPU", n_cores=2, memory_bytes=8 * 10**9, gpu=None, os="o", python="3")
+MACHINE = MachineRecord(
+    cpu="a CPU", n_cores=2, memory_bytes=8 * 10**9, gpu=None, os="o", python="3"
+)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +155,9 @@ def test_a_second_publication_sends_nothing_and_a_new_card_only_itself(
     user.run("pull", REPO, "--out", tmp_path / "back")
     # What was pulled may be published again, with results of the artifact that was measured.
     datasets = {"STSBenchmark": "mteb/stsbenchmark-sts"}
-    prepared = prepare(tmp_path / "back", REPO, results=tmp_path / "results", datasets=datasets)
+    prepared = prepare_publication(
+        tmp_path / "back", REPO, results=tmp_path / "results", datasets=datasets
+    )
     assert prepared.files["gteopt.json"].sha256 == third["artifact_sha256"]
 
 
@@ -405,7 +409,7 @@ def test_a_bad_name_and_a_dead_network_are_named(
     assert f"--out {out} is a file; give a folder that does not exist yet" in ran.stderr
     for name in ("nano", "me/nano/4", "me/na no", "me/nano--4"):
         with pytest.raises(InputError, match=r"ORG/NAME|cannot be a repository's name"):
-            prepare(artifact, name)
+            prepare_publication(artifact, name)
 
 
 # The card ---------------------------------------------------------------------------------------
@@ -427,7 +431,7 @@ def write_results(
             baseline_score=0.6629,
             instruction=None,
             dataset_revision="b0fddb56ed78048fa8b90373c8a3cfc37b684831",
-            difference=Difference(
+            difference=ScoreDifference(
                 value=-0.0017, low=-0.0041, high=0.0008, verdict="equivalent", p=0.2
             ),
             **shared,
@@ -515,7 +519,7 @@ def write_results(
 
 
 def readme(artifact: Path, **options: Any) -> str:
-    source = prepare(artifact, REPO, **options).files["README.md"].source
+    source = prepare_publication(artifact, REPO, **options).files["README.md"].source
     assert isinstance(source, bytes)
     return source.decode()
 
@@ -674,7 +678,7 @@ def test_closeness_on_texts_without_labels_is_on_the_card_and_called_what_it_is(
     assert "Nothing was measured" not in text
     gteopt.quantize("nano", "rtn-int8", tmp_path / "other")
     with pytest.raises(InputError, match="fidelity/ compares other artifacts"):
-        prepare(tmp_path / "other", REPO, results=tmp_path / "results")
+        prepare_publication(tmp_path / "other", REPO, results=tmp_path / "results")
 
 
 @pytest.mark.parametrize("record", ["eval", "bench.json"])
@@ -683,13 +687,13 @@ def test_results_of_another_artifact_are_refused_whole_or_in_part(
 ) -> None:
     write_results(tmp_path, "f" * 64)
     with pytest.raises(InputError, match=r"it holds small \(ffffffffffff\)"):
-        prepare(artifact, REPO, results=tmp_path)
+        prepare_publication(artifact, REPO, results=tmp_path)
     right = tmp_path / "own"
     write_results(right, artifact_sha256(artifact))
     (right / record).rename(tmp_path / "kept")
     (tmp_path / record).rename(right / record)
     with pytest.raises(InputError, match="other artifacts"):
-        prepare(artifact, REPO, results=right)
+        prepare_publication(artifact, REPO, results=right)
 
 
 @pytest.mark.parametrize(
@@ -719,9 +723,9 @@ def test_a_license_is_obeyed(
 ) -> None:
     if isinstance(outcome, type):
         with pytest.raises(outcome):
-            read_terms("base", stated, user_license)
+            read_license_terms("base", stated, user_license)
         return
-    terms = read_terms("base", stated, user_license)
+    terms = read_license_terms("base", stated, user_license)
     assert terms.license == str(stated or user_license).lower()
     if outcome is None:
         assert terms.binds is None
@@ -742,7 +746,7 @@ def test_the_license_that_a_user_gives_is_on_the_card_as_the_users_word(
             (base / path).write_bytes(content)
     gteopt.quantize(str(base), "rtn-int4", silent)
     with pytest.raises(InputError, match="base states no license"):
-        prepare(silent, REPO)
+        prepare_publication(silent, REPO)
     text = readme(silent, license="apache-2.0")
     data: Any = ModelCard(text).data
     assert data.license == "apache-2.0"

@@ -13,7 +13,7 @@ import gteopt
 from gteopt.config.recipe import LayerScheme, load_recipe
 from gteopt.errors import IntegrityError
 from gteopt.formats import FORMATS
-from gteopt.formats.packed import Shape
+from gteopt.formats.packed import LinearShape
 from gteopt.quant import gptq
 from gteopt.quant.affine import PackedWeight, pack, packed_bytes, quantize_rtn, round_to_grid
 from gteopt.quant.double_quantization import dynamic_map, quantize_scale
@@ -77,7 +77,7 @@ def test_packing_and_the_layout_keep_codes_and_scales_exactly() -> None:
     assert packed.bits_per_weight == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=0.01)
     again = PackedWeight.from_tensors(SCHEME, 256, packed.to_tensors())
     tensors = FORMATS["bitsandbytes"].to_tensors(packed)
-    read = FORMATS["bitsandbytes"].from_tensors({}, "a", Shape(96, 256), tensors).weight
+    read = FORMATS["bitsandbytes"].from_tensors({}, "a", LinearShape(96, 256), tensors).weight
     for reloaded in (again.unpack(), read.unpack()):
         assert torch.equal(reloaded.dequantize(), weight.dequantize())
         assert torch.equal(reloaded.scale, weight.scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gteopt.quant.held_out_ranges import LARGEST_LOSS, KindInputs, fit_held_out
-from gteopt.quant.static_activations import InputGrid, SeenInputs, fit_inputs
+from gteopt.quant.static_activations import InputGrid, SeenInputs, fit_input_grid
 
 N_FEATURES = 48
 
@@ -68,14 +68,14 @@ def test_the_loss_is_that_of_the_worst_kind_left_out() -> None:
         form
         for form in forms
         if torch.equal(
-            fit_inputs(seen_of(torch.cat(parts)), strength=form[0], headroom=form[1]).scale,
+            fit_input_grid(seen_of(torch.cat(parts)), strength=form[0], headroom=form[1]).scale,
             fitted.grid.scale,
         )
     ]
     losses = []
     for i, part in enumerate(parts):
         rest = torch.cat([other for j, other in enumerate(parts) if j != i])
-        grid = fit_inputs(seen_of(rest), strength=form[0], headroom=form[1])
+        grid = fit_input_grid(seen_of(rest), strength=form[0], headroom=form[1])
         losses.append(expected_error(part, grid) / error_by_token(part))
     assert abs(fitted.loss / max(losses) - 1) < 0.02
 
@@ -83,7 +83,7 @@ def test_the_loss_is_that_of_the_worst_kind_left_out() -> None:
 def test_the_worst_of_new_kinds_loses_less_than_by_the_tight_ranges() -> None:
     parts = [inputs_of_kind(seed, spread=0.8) for seed in range(6)]
     fitted = fit_held_out(kinds_of(parts), weight_squares()).grid
-    tight = fit_inputs(seen_of(torch.cat(parts)))
+    tight = fit_input_grid(seen_of(torch.cat(parts)))
     new = [inputs_of_kind(seed, spread=0.8) for seed in range(20, 40)]
     losses = [
         max(expected_error(x, grid) / error_by_token(x) for x in new) for grid in (fitted, tight)
@@ -95,7 +95,7 @@ def test_kinds_that_are_alike_keep_tight_ranges() -> None:
     parts = [torch.cat([inputs_of_kind(0, spread=0.3)]).roll(i, 0) for i in range(4)]
     fitted = fit_held_out(kinds_of(parts), weight_squares())
     assert fitted.loss < LARGEST_LOSS
-    tight = fit_inputs(seen_of(torch.cat(parts)), headroom=1.05)
+    tight = fit_input_grid(seen_of(torch.cat(parts)), headroom=1.05)
     assert float((fitted.grid.scale / tight.scale).mean()) < 1.3
 
 
@@ -114,4 +114,4 @@ def test_one_kind_alone_keeps_the_form_that_needs_no_other() -> None:
         [*kinds_of([part]), KindInputs(SeenInputs(N_FEATURES), part[:0])], weight_squares()
     )
     assert fitted.loss == 0
-    assert torch.equal(fitted.grid.scale, fit_inputs(seen_of(part)).scale)
+    assert torch.equal(fitted.grid.scale, fit_input_grid(seen_of(part)).scale)

@@ -7,7 +7,7 @@ import torch
 
 from gteopt.config.recipe import LayerScheme
 from gteopt.quant import inverse_factor
-from gteopt.quant.gptq import GptqOptions, prepare, solve
+from gteopt.quant.gptq import GptqOptions, prepare_gptq, solve
 from gteopt.quant.inverse_factor import factorise_inverse
 
 
@@ -41,7 +41,7 @@ def test_the_error_with_a_float32_factor_is_that_of_a_float64_one(
     snr = []
     for limit in (0, 4096):
         monkeypatch.setattr(inverse_factor, "_FLOAT32_FEATURES", limit)
-        factor = prepare(hessian, GptqOptions())
+        factor = prepare_gptq(hessian, GptqOptions())
         assert factor.dtype == (torch.float32 if limit == 0 else torch.float64)
         shared = solve(weight, hessian, scheme, GptqOptions(), factor=factor)
         alone = solve(weight, hessian, scheme, GptqOptions())

@@ -9,7 +9,7 @@ from gteopt.quant.products import (
     add_product_,
     cholesky_,
     invert_lower_,
-    product,
+    matrix_product,
     quadratic_forms,
     times_inverse,
 )
@@ -31,12 +31,12 @@ def test_a_product_is_that_of_float64_in_every_layout_of_its_factors(layout: str
     a, b = seeded(1500, 70), seeded(90, 140, seed=1)[:, ::2]
     b = {"rows": b.contiguous(), "columns": b.T.contiguous().T, "strided": b}[layout]
     exact = a.double() @ b.double().T
-    assert error(product(a, b), exact) < 1e-6
+    assert error(matrix_product(a, b), exact) < 1e-6
     target = seeded(1500, 180, seed=2)[:, ::2]
     wanted = 0.5 * target.double() - 2 * exact
     add_product_(target, a, b, beta=0.5, alpha=-2)
     assert error(target, wanted) < 1e-6
-    assert product(a[:0], b).shape == (0, 90)
+    assert matrix_product(a[:0], b).shape == (0, 90)
 
 
 def test_half_of_the_work_gives_the_whole_products_of_triangles_and_symmetric_matrices() -> None:

@@ -13,7 +13,7 @@ from gteopt.kernels import make_linear
 from gteopt.kernels.cpu import StaticInt8LinearCpu
 from gteopt.kernels.reference import Int8Reference
 from gteopt.quant.affine import PackedWeight, pack, packed_bytes, quantize_rtn
-from gteopt.quant.static_activations import InputGrid, SeenInputs, fit_inputs
+from gteopt.quant.static_activations import InputGrid, SeenInputs, fit_input_grid
 
 CPU = torch.device("cpu")
 STATIC = LayerScheme(
@@ -56,7 +56,7 @@ def output_error(x: Tensor, weight: Tensor, grid: InputGrid) -> float:
 def static_weight(out_features: int, in_features: int, x: Tensor) -> tuple[PackedWeight, Tensor]:
     """A packed layer for inputs x, and the float64 weight that its codes stand for."""
     weight = seeded(out_features, in_features, seed=3) / 8
-    grid = fit_inputs(seen_of(x))
+    grid = fit_input_grid(seen_of(x))
     rounded = quantize_rtn(weight * grid.scale, STATIC)
     codes = pack(rounded)
     packed = PackedWeight(codes.qweight, codes.scale, None, STATIC, in_features, inputs=grid)
@@ -85,7 +85,7 @@ def test_ranges_and_moments_are_those_of_all_inputs() -> None:
 
 def test_what_calibration_showed_is_off_by_at_most_half_a_scale() -> None:
     x = outlying(500, 24)
-    grid = fit_inputs(seen_of(x))
+    grid = fit_input_grid(seen_of(x))
     back = grid.steps(x).double() * grid.scale.double()
     assert bool(((back - x.double()).abs() <= grid.scale.double() * (0.5 + 1e-5)).all())
     beyond = grid.steps(100 * x) + grid.zero  # codes saturate, they do not wrap around
@@ -97,7 +97,7 @@ def test_fitted_scales_beat_one_range_for_all_and_a_range_for_each_feature() -> 
     fresh = outlying(4000, 96, seed=5)  # other inputs of the same kind
     weight = seeded(64, 96, seed=2)
     span, middle = inputs.high - inputs.low, (inputs.high + inputs.low) / 2
-    fitted_error = output_error(fresh, weight, fit_inputs(inputs))
+    fitted_error = output_error(fresh, weight, fit_input_grid(inputs))
     for scale, share in ((span.max().expand(96) / 255, 0.4), (span / 255, 0.8)):
         assert fitted_error < share * output_error(
             fresh, weight, InputGrid(scale, 128 - middle / scale)
@@ -109,10 +109,10 @@ def test_features_that_never_moved_stay_finite_and_bounded() -> None:
     x[:, 3] = 0.0
     x[:, 5] = 2.5
     weight = seeded(8, 16, seed=2)
-    grid = fit_inputs(seen_of(x))
+    grid = fit_input_grid(seen_of(x))
     assert bool(torch.isfinite(grid.scale).all() & torch.isfinite(grid.zero).all())
     assert output_error(x, weight, grid) < 1e-3
-    nothing = fit_inputs(seen_of(torch.zeros(50, 16)))
+    nothing = fit_input_grid(seen_of(torch.zeros(50, 16)))
     assert bool((nothing.steps(torch.zeros(2, 16)) * nothing.scale == 0).all())
 
 

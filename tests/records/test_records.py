@@ -16,13 +16,13 @@ from gteopt.config.recipe import LayerScheme
 from gteopt.errors import InputError, IntegrityError
 from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
 from gteopt.records.choice import Candidate, Choice
-from gteopt.records.environment import Machine
+from gteopt.records.environment import MachineRecord
 from gteopt.records.evaluation import EvalReport, FailedTask, Fidelity, FidelityReport, TaskScore
-from gteopt.records.files import read_record, to_json, write_atomically, write_record
+from gteopt.records.files import read_record, record_to_json, write_atomically, write_record
 from gteopt.records.manifest import LayerRecord
 from gteopt.records.results_folder import read_results
 
-MACHINE = Machine(cpu="c", n_cores=2, memory_bytes=3, gpu=None, os="o", python="3")
+MACHINE = MachineRecord(cpu="c", n_cores=2, memory_bytes=3, gpu=None, os="o", python="3")
 SPEEDS = (
     ThroughputRecord(batch_size=8, tokens=64, texts_per_s=1, tokens_per_s=100, baseline_ratio=2),
     ThroughputRecord(batch_size=8, tokens=64, texts_per_s=1, tokens_per_s=400, baseline_ratio=8),
@@ -115,13 +115,13 @@ def test_what_is_written_is_read_back_equal(tmp_path: Path) -> None:
         path = tmp_path / "new" / "folder" / "r.json"
         write_record(path, record)
         assert read_record(path, type(record)) == record
-        assert path.read_text(encoding="utf-8") == to_json(record)
+        assert path.read_text(encoding="utf-8") == record_to_json(record)
 
 
 def test_json_names_its_schema_and_ends_in_a_newline() -> None:
     for record, schema in ((bench(), "bench"), (evaluation("a"), "eval"), (choice(), "choice")):
-        assert json.loads(to_json(record))["schema"] == f"gteopt.{schema}/1"
-        assert to_json(record).endswith("}\n")
+        assert json.loads(record_to_json(record))["schema"] == f"gteopt.{schema}/1"
+        assert record_to_json(record).endswith("}\n")
 
 
 def test_infinity_and_nan_survive_as_valid_json(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_records_cannot_be_changed_or_extended() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         bench().device = "cuda"
     with pytest.raises(ValidationError, match="Extra inputs"):
-        Machine.model_validate(MACHINE.model_dump() | {"colour": "red"})
+        MachineRecord.model_validate(MACHINE.model_dump() | {"colour": "red"})
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
@@ -178,12 +178,15 @@ def test_a_written_file_can_be_read_by_others(tmp_path: Path) -> None:
     [
         (None, r"cannot be read \(No such file or directory\)"),
         (b"", "is not a valid BenchReport"),
-        (to_json(bench()).encode()[:-40], "is not a valid BenchReport"),
+        (record_to_json(bench()).encode()[:-40], "is not a valid BenchReport"),
         (b"\xff\xfe", "is not a valid BenchReport"),
-        (to_json(choice()).encode(), "schema: Input should be 'gteopt.bench/1'"),
-        (to_json(bench()).replace("/1", "/2").encode(), "schema: Input should be 'gteopt.bench/1'"),
+        (record_to_json(choice()).encode(), "schema: Input should be 'gteopt.bench/1'"),
         (
-            to_json(bench()).replace('"load_s": 0.1', '"load_s": "x"').encode(),
+            record_to_json(bench()).replace("/1", "/2").encode(),
+            "schema: Input should be 'gteopt.bench/1'",
+        ),
+        (
+            record_to_json(bench()).replace('"load_s": 0.1', '"load_s": "x"').encode(),
             "variants.base.load_s",
         ),
     ],

@@ -8,17 +8,17 @@ import pytest
 
 from gteopt.config.plan import BenchSpec
 from gteopt.config.policy import HIGHER_IS_BETTER, Limit, Metric, Objective, Policy, load_policy
-from gteopt.config.yaml_files import shipped_names
+from gteopt.config.yaml_files import list_shipped_names
 from gteopt.errors import InputError
 from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
-from gteopt.records.environment import Machine
-from gteopt.records.evaluation import Difference, EvalReport, FailedTask, Fidelity, TaskScore
+from gteopt.records.environment import MachineRecord
+from gteopt.records.evaluation import EvalReport, FailedTask, Fidelity, ScoreDifference, TaskScore
 from gteopt.records.results_folder import Results
-from gteopt.report.choose import choose, pareto_front
+from gteopt.report.choose import choose_variant, pareto_front
 from gteopt.report.pick import pick_lines
-from gteopt.report.rows import rows
+from gteopt.report.rows import result_rows
 
-MACHINE = Machine(cpu="c", n_cores=2, memory_bytes=1, gpu=None, os="o", python="3")
+MACHINE = MachineRecord(cpu="c", n_cores=2, memory_bytes=1, gpu=None, os="o", python="3")
 MB = 1_000_000
 
 
@@ -79,7 +79,7 @@ def evaluation(
     if within is not None:
         low, high = (end / 2 - 0.5 for end in within)
         value = retention / 2 - 0.5
-        difference = Difference(value=value, low=low, high=high, verdict="undecided", p=0.5)
+        difference = ScoreDifference(value=value, low=low, high=high, verdict="undecided", p=0.5)
     return EvalReport(
         variant=name,
         artifact_sha256=artifact,
@@ -137,7 +137,7 @@ SMALLEST = Objective(minimise="weight_bytes")
 
 
 def test_the_smallest_that_keeps_the_limits_is_picked_and_the_rest_say_what_they_broke() -> None:
-    choice = choose(
+    choice = choose_variant(
         policy(SMALLEST, retention=Limit(min=0.97), p95_ms=Limit(max=6)),
         results(
             {
@@ -173,7 +173,7 @@ def test_metrics_are_read_from_where_the_reports_keep_them() -> None:
         "gpu": bench(device_bytes=55),
     }
     report = evaluation("cpu", retention=0.9, overlap=0.8, cosine=0.7, spearman=0.6)
-    choice = choose(policy(SMALLEST), results(variants, [report]))
+    choice = choose_variant(policy(SMALLEST), results(variants, [report]))
     metrics = {c.name: c.metrics for c in choice.candidates}
     assert metrics["cpu"] == {
         "retention": 0.9,
@@ -193,12 +193,12 @@ def test_metrics_are_read_from_where_the_reports_keep_them() -> None:
 
 def test_a_limit_exactly_met_is_kept() -> None:
     limits = {"retention": Limit(min=0.98, max=0.98), "weight_bytes": Limit(max=10 * MB)}
-    choice = choose(policy(SMALLEST, **limits), results({"a": bench()}, [evaluation("a")]))
+    choice = choose_variant(policy(SMALLEST, **limits), results({"a": bench()}, [evaluation("a")]))
     assert choice.picked == "a"
 
 
 def test_an_unmeasured_metric_breaks_its_limit_with_nothing_found() -> None:
-    choice = choose(
+    choice = choose_variant(
         policy(SMALLEST, spearman=Limit(min=0.1), p95_ms=Limit(max=99)),
         results({"a": bench()}, [evaluation("b")]),
     )
@@ -214,10 +214,10 @@ def test_an_unmeasured_metric_breaks_its_limit_with_nothing_found() -> None:
 def test_a_measured_retention_without_an_interval_is_not_called_unmeasured() -> None:
     variants = {"base": bench(), "a": bench()}
     judged = results(variants, [evaluation("a", retention=0.98)])
-    choice = choose(policy(SMALLEST, retention_low=Limit(min=0.97)), judged)
+    choice = choose_variant(policy(SMALLEST, retention_low=Limit(min=0.97)), judged)
     assert choice.picked == "base"
     judged = judged.model_copy(update={"choice": choice})
-    for sentence in (rows(judged)[1].verdict, pick_lines(judged)[1]):
+    for sentence in (result_rows(judged)[1].verdict, pick_lines(judged)[1]):
         assert "retention of 98 % has no interval" in sentence
         assert "not measured" not in sentence
 
@@ -242,20 +242,20 @@ def test_the_reason_says_over_how_many_tasks_a_mean_is() -> None:
     report = evaluation("a", within=(0.95, 1.01)).model_copy(
         update={"tasks": tasks, "n_interval_tasks": 1}
     )
-    reason = choose(policy(SMALLEST), results({"a": bench()}, [report])).reason
+    reason = choose_variant(policy(SMALLEST), results({"a": bench()}, [report])).reason
     assert "over 2 of 3 tasks, the interval over 1 of these; 95 % interval 95.0 to 101.0" in reason
 
 
 def test_a_pick_that_was_measured_slower_says_so_first() -> None:
     variants = {"base": bench(), "a": bench(weight_bytes=1, ratio=0.63)}
     judged = results(variants, [evaluation("a")])
-    choice = choose(policy(SMALLEST), judged)
+    choice = choose_variant(policy(SMALLEST), judged)
     first_line = pick_lines(judged.model_copy(update={"choice": choice}))[0]
     assert first_line.startswith("Pick: a: slower in this measurement, 0.63 x the baseline's speed")
 
 
 def test_a_nan_counts_as_unmeasured() -> None:
-    choice = choose(
+    choice = choose_variant(
         policy(SMALLEST, spearman=Limit(max=2)),
         results({"a": bench()}, [evaluation("a", spearman=float("nan"))]),
     )
@@ -263,19 +263,19 @@ def test_a_nan_counts_as_unmeasured() -> None:
 
 
 def test_a_candidate_without_the_objective_is_not_picked() -> None:
-    choice = choose(
+    choice = choose_variant(
         policy(Objective(maximise="tokens_per_s")),
         results({"slow": bench(tokens_per_s=1)}, [evaluation("slow"), evaluation("unbenched")]),
     )
     assert choice.picked == "slow"
-    alone = choose(policy(SMALLEST), results({}, [evaluation("unbenched")]))
+    alone = choose_variant(policy(SMALLEST), results({}, [evaluation("unbenched")]))
     assert alone.picked is None
     assert "weight size was not measured" in alone.reason
     assert "'mine' (unbenched); `gteopt bench --out` measures it." in alone.reason
 
 
 def test_the_baseline_equals_itself_without_an_evaluation() -> None:
-    choice = choose(
+    choice = choose_variant(
         policy(SMALLEST, retention=Limit(min=0.99), mean_cosine=Limit(min=1)),
         results({"base": bench(), "small": bench(weight_bytes=1)}, [evaluation("small")]),
     )
@@ -287,7 +287,7 @@ def test_a_tie_is_not_broken_by_a_retention_within_the_intervals() -> None:
     uncut = evaluation("int4", retention=0.9937, overlap=0.911, within=(0.987, 1.000))
     short = evaluation("int4-pca", retention=0.9956, overlap=0.796, within=(0.986, 1.005))
     measured = results({"int4": bench(), "int4-pca": bench()}, [uncut, short])
-    choice = choose(policy(SMALLEST, retention_low=Limit(min=0.97)), measured)
+    choice = choose_variant(policy(SMALLEST, retention_low=Limit(min=0.97)), measured)
     assert choice.picked == "int4"
     assert "retention 99.37 % (95 % interval 98.7 to 100.0 %, score undecided" in choice.reason
     assert "tied with int4-pca (neighbour overlap 79.6 %)" in choice.reason
@@ -296,14 +296,16 @@ def test_a_tie_is_not_broken_by_a_retention_within_the_intervals() -> None:
 def test_a_tie_is_broken_by_a_retention_whose_interval_lies_below_anothers() -> None:
     good = evaluation("good", retention=0.99, overlap=0.80, within=(0.98, 1.0))
     bad = evaluation("bad", retention=0.90, overlap=0.81, within=(0.89, 0.91))
-    choice = choose(policy(SMALLEST), results({n: bench() for n in ("good", "bad")}, [good, bad]))
+    choice = choose_variant(
+        policy(SMALLEST), results({n: bench() for n in ("good", "bad")}, [good, bad])
+    )
     assert choice.picked == "good"
 
 
 def test_further_ties_go_to_the_higher_retention_then_the_first_name() -> None:
     variants = {name: bench() for name in "cab"}
     evals = [evaluation("a", retention=0.9), evaluation("b"), evaluation("c")]
-    assert choose(policy(SMALLEST), results(variants, evals)).picked == "b"
+    assert choose_variant(policy(SMALLEST), results(variants, evals)).picked == "b"
 
 
 @pytest.mark.parametrize(("noise", "picked"), [(0.02, "base"), (0.005, "int4")])
@@ -315,7 +317,7 @@ def test_a_speed_ties_with_what_it_beats_by_less_than_the_measurements_noise(
         "int4": bench(tokens_per_s=1010),
     }
     fastest = policy(Objective(maximise="tokens_per_s"))
-    choice = choose(fastest, results(variants, [evaluation("int4", overlap=0.9)]))
+    choice = choose_variant(fastest, results(variants, [evaluation("int4", overlap=0.9)]))
     assert choice.picked == picked
     assert ("within the noise of 2.0%" in choice.reason) == (picked == "base")
 
@@ -328,31 +330,34 @@ def test_a_speed_counts_beside_the_baselines_and_not_by_the_clock_of_another_hou
         "int4": bench(tokens_per_s=1100, ratio=1.1),
     }
     evals = [evaluation("int8"), evaluation("int4")]
-    choice = choose(policy(Objective(maximise="tokens_per_s")), results(variants, evals))
+    choice = choose_variant(policy(Objective(maximise="tokens_per_s")), results(variants, evals))
     assert choice.picked == "int8"
     assert "(700 tokens/s, 1.40 times the baseline's, measured in turns)" in choice.reason
     cheap = policy(Objective(minimise="cost_per_million_tokens"))
-    assert choose(cheap, results(variants, evals, price=3.0)).picked == "int8"
+    assert choose_variant(cheap, results(variants, evals, price=3.0)).picked == "int8"
 
 
 def test_a_retention_without_interval_keeps_no_limit_on_its_lower_end() -> None:
     limits = {"retention_low": Limit(min=0.9)}
     measured = results({"a": bench()}, [evaluation("a", retention=0.99)])
-    choice = choose(policy(SMALLEST, **limits), measured)
+    choice = choose_variant(policy(SMALLEST, **limits), measured)
     assert choice.picked is None
     assert "retention of 99 % has no interval (no task has one)" in choice.reason
     base_report = evaluation("base", retention=1.0).model_copy(update={"artifact_sha256": "b"})
     variants = {"base": bench().model_copy(update={"artifact_sha256": "b"})}
-    assert choose(policy(SMALLEST, **limits), results(variants, [base_report])).picked == "base"
+    assert (
+        choose_variant(policy(SMALLEST, **limits), results(variants, [base_report])).picked
+        == "base"
+    )
 
 
 def test_without_a_bench_the_index_is_known_and_the_rest_says_what_measures_it() -> None:
     report = evaluation("a").model_copy(update={"bytes_per_vector": 64})
     measured = Results(bench=None, evals={"a": report}, choice=None)
-    choice = choose(policy(Objective(minimise="index_bytes")), measured)
+    choice = choose_variant(policy(Objective(minimise="index_bytes")), measured)
     assert choice.picked == "a"
     assert choice.candidates[0].metrics["index_bytes"] == 64e6
-    weights = choose(policy(SMALLEST), measured)
+    weights = choose_variant(policy(SMALLEST), measured)
     assert weights.picked is None
     assert "weight size was not measured" in weights.reason
     assert "`gteopt bench --out` measures it" in weights.reason
@@ -361,17 +366,17 @@ def test_without_a_bench_the_index_is_known_and_the_rest_says_what_measures_it()
 def test_a_price_gives_the_cost_of_tokens_and_without_one_there_is_none() -> None:
     cheap = policy(Objective(minimise="cost_per_million_tokens"))
     variants = {"slow": bench(tokens_per_s=1000), "fast": bench(tokens_per_s=4000)}
-    choice = choose(cheap, results(variants, [], price=3.6))
+    choice = choose_variant(cheap, results(variants, [], price=3.6))
     assert choice.picked == "fast"
     # 3.6 dollars an hour are 0.001 a second, in which it does 4000 tokens.
     assert choice.candidates[0].metrics["cost_per_million_tokens"] == pytest.approx(0.25)
-    without = choose(cheap, results(variants, []))
+    without = choose_variant(cheap, results(variants, []))
     assert without.picked is None
     assert "--price-per-hour" in without.reason
 
 
 def test_when_none_fits_the_reason_names_the_nearest_and_its_misses() -> None:
-    choice = choose(
+    choice = choose_variant(
         policy(SMALLEST, retention=Limit(min=1.0), weight_bytes=Limit(max=4 * MB)),
         results(
             {"near": bench(weight_bytes=5 * MB), "far": bench(weight_bytes=9 * MB)},
@@ -388,7 +393,9 @@ def test_when_none_fits_the_reason_names_the_nearest_and_its_misses() -> None:
 
 def test_a_partial_evaluation_is_never_picked_silently() -> None:
     failed = (FailedTask(task="Banking77", reason="no data"),)
-    choice = choose(policy(SMALLEST), results({"a": bench()}, [evaluation("a", failed=failed)]))
+    choice = choose_variant(
+        policy(SMALLEST), results({"a": bench()}, [evaluation("a", failed=failed)])
+    )
     assert choice.picked == "a"
     assert "its evaluation is PARTIAL, without Banking77" in choice.reason
 
@@ -401,18 +408,18 @@ def test_without_any_retention_variants_are_chosen_by_neighbours_and_that_is_sai
         for name, overlap in (("close", 0.9), ("far", 0.4))
     ]
     measured = results({"close": bench(), "far": bench(weight_bytes=5 * MB)}, evals)
-    choice = choose(policy(SMALLEST, neighbour_overlap=Limit(min=0.8)), measured)
+    choice = choose_variant(policy(SMALLEST, neighbour_overlap=Limit(min=0.8)), measured)
     assert choice.picked == "close"
     assert f"NO retention: {why}" in choice.reason
     assert [candidate.name for candidate in choice.candidates if candidate.on_pareto_front] == [
         "close"
     ]
-    none_fits = choose(policy(SMALLEST, retention=Limit(min=0.9)), measured)
+    none_fits = choose_variant(policy(SMALLEST, retention=Limit(min=0.9)), measured)
     assert none_fits.picked is None
 
 
 def test_a_variant_without_evaluation_is_never_picked_silently() -> None:
-    choice = choose(policy(SMALLEST), results({"a": bench()}, []))
+    choice = choose_variant(policy(SMALLEST), results({"a": bench()}, []))
     assert choice.picked == "a"
     assert "its quality was NOT evaluated" in choice.reason
 
@@ -423,7 +430,7 @@ def test_reports_that_do_not_belong_together_are_refused_all_at_once() -> None:
         [evaluation("a", artifact="other"), evaluation("b", suite="other")],
     )
     with pytest.raises(InputError) as caught:
-        choose(policy(SMALLEST), mixed)
+        choose_variant(policy(SMALLEST), mixed)
     assert "'a': bench measured a, but the evaluation scored other" in str(caught.value)
     assert "of 2 suites: mini other, mini s" in str(caught.value)
 
@@ -433,15 +440,17 @@ def test_one_baseline_under_two_names_is_one() -> None:
         evaluation("a"),
         evaluation("b").model_copy(update={"baseline": "base-256-float32", "suite": "mini-own"}),
     ]
-    assert choose(policy(SMALLEST), results({"a": bench(), "b": bench()}, evals)).picked == "a"
+    assert (
+        choose_variant(policy(SMALLEST), results({"a": bench(), "b": bench()}, evals)).picked == "a"
+    )
     evals[1] = evals[1].model_copy(update={"baseline_sha256": "other"})
     with pytest.raises(InputError, match="of 2 baselines: base b, base-256-float32 other"):
-        choose(policy(SMALLEST), results({"a": bench(), "b": bench()}, evals))
+        choose_variant(policy(SMALLEST), results({"a": bench(), "b": bench()}, evals))
 
 
 def test_results_without_variants_are_refused() -> None:
     with pytest.raises(InputError, match="hold no variant"):
-        choose(policy(SMALLEST), results({}, []))
+        choose_variant(policy(SMALLEST), results({}, []))
 
 
 def test_the_front_leaves_the_score_out_where_an_evaluation_is_partial() -> None:
@@ -452,7 +461,7 @@ def test_the_front_leaves_the_score_out_where_an_evaluation_is_partial() -> None
         (good, {"a", "b"}),
         (evaluation("b", overlap=0.8, failed=failed), {"a"}),
     ):
-        choice = choose(policy(SMALLEST), results(variants, [near, second]))
+        choice = choose_variant(policy(SMALLEST), results(variants, [near, second]))
         assert {c.name for c in choice.candidates if c.on_pareto_front} == front
 
 
@@ -464,7 +473,9 @@ def test_the_front_is_drawn_on_the_end_of_the_interval_that_the_policy_limits() 
         evaluation("b", retention=0.99, within=(0.95, 1.03)),
     ]
     for limit, front in (("retention_low", {"a"}), ("retention", {"b"})):
-        choice = choose(policy(SMALLEST, **{limit: Limit(min=0.9)}), results(variants, evals))
+        choice = choose_variant(
+            policy(SMALLEST, **{limit: Limit(min=0.9)}), results(variants, evals)
+        )
         assert {c.name for c in choice.candidates if c.on_pareto_front} == front
         assert choice.picked in front
 
@@ -472,17 +483,20 @@ def test_the_front_is_drawn_on_the_end_of_the_interval_that_the_policy_limits() 
 def test_what_breaks_a_limit_pushes_nothing_off_the_front() -> None:
     variants = {"slow": bench(p95_ms=90), "quick": bench(p95_ms=5)}
     evals = [evaluation("slow", retention=1.0), evaluation("quick", retention=0.9)]
-    choice = choose(policy(SMALLEST, p95_ms=Limit(max=10)), results(variants, evals))
+    choice = choose_variant(policy(SMALLEST, p95_ms=Limit(max=10)), results(variants, evals))
     assert {c.name for c in choice.candidates if c.on_pareto_front} == {"quick"}
 
 
 def test_only_variants_on_the_front_are_picked_from_a_tie() -> None:
     # The same vectors in half the bytes: the name alone would pick `a`.
     variants = {"a": bench(index_bytes=1000), "b": bench(index_bytes=500)}
-    assert choose(policy(SMALLEST), results(variants, [evaluation(n) for n in "ab"])).picked == "b"
+    assert (
+        choose_variant(policy(SMALLEST), results(variants, [evaluation(n) for n in "ab"])).picked
+        == "b"
+    )
 
 
-@pytest.mark.parametrize("name", shipped_names("recipes/policies"))
+@pytest.mark.parametrize("name", list_shipped_names("recipes/policies"))
 def test_the_pick_of_every_shipped_policy_is_on_the_front(name: str) -> None:
     shipped = load_policy(name)
     n_picked = 0
@@ -512,7 +526,7 @@ def test_the_pick_of_every_shipped_policy_is_on_the_front(name: str) -> None:
             )
             evals.append(report)
         variants["base"] = bench(weight_bytes=3, index_bytes=3, ratio=rng.choice([0.98, 1.0]))
-        choice = choose(shipped, results(variants, evals))
+        choice = choose_variant(shipped, results(variants, evals))
         assert choice.picked in {c.name for c in choice.candidates if c.on_pareto_front}
         n_picked += choice.picked != "base"
     assert n_picked > 10
@@ -557,7 +571,7 @@ def test_no_admissible_candidate_beats_the_picked_one_in_the_objective(seed: int
         [evaluation(n, retention=rng.randint(5, 10) / 10) for n in names],
     )
     objective = rng.choice([SMALLEST, Objective(maximise="tokens_per_s")])
-    choice = choose(policy(objective, retention=Limit(min=0.7)), measured)
+    choice = choose_variant(policy(objective, retention=Limit(min=0.7)), measured)
     admissible = {n for n in names if (measured.evals[n].retention or 0) >= 0.7}
     if not admissible:
         assert choice.picked is None
@@ -572,17 +586,17 @@ def test_no_admissible_candidate_beats_the_picked_one_in_the_objective(seed: int
     )
 
 
-@pytest.mark.parametrize("name", shipped_names("recipes/policies"))
+@pytest.mark.parametrize("name", list_shipped_names("recipes/policies"))
 def test_every_shipped_policy_can_be_kept_by_the_baseline(name: str) -> None:
     shipped = load_policy(name)
-    choice = choose(shipped, results({"base": bench()}, []))
+    choice = choose_variant(shipped, results({"base": bench()}, []))
     assert choice.picked == "base"
     assert shipped.name == name
     assert shipped.summary
     assert f"policy '{name}'" in choice.reason
 
 
-@pytest.mark.parametrize("name", shipped_names("recipes/policies"))
+@pytest.mark.parametrize("name", list_shipped_names("recipes/policies"))
 def test_every_shipped_policy_names_its_limits_and_judges_by_the_intervals_end(name: str) -> None:
     shipped = load_policy(name)
     assert "retention" not in shipped.limits

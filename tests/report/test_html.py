@@ -16,32 +16,32 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from gteopt.commands.choose import judge, write_comparison, write_page
+from gteopt.commands.choose import choose_by_policy, write_choice_page, write_comparison_page
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.config.policy import Limit, Metric, Objective, Policy, load_policy
 from gteopt.config.recipe import VectorCode
-from gteopt.config.yaml_files import shipped_names
+from gteopt.config.yaml_files import list_shipped_names
 from gteopt.records.bench import BenchReport, LatencyRecord, ThroughputRecord, VariantBench
 from gteopt.records.choice import BrokenLimit, Candidate, Choice
-from gteopt.records.environment import Machine
+from gteopt.records.environment import MachineRecord
 from gteopt.records.evaluation import (
-    Difference,
     EvalReport,
     FailedTask,
     Fidelity,
     FidelityReport,
+    ScoreDifference,
     TaskScore,
 )
 from gteopt.records.files import read_record, write_record
 from gteopt.records.results_folder import Results, read_results
 from gteopt.report import beside
-from gteopt.report.charts import axis_floor, pareto_line, spread
+from gteopt.report.charts import axis_floor, pareto_line, thin_ticks
 from gteopt.report.html import comparison_page, html_page, write_report
-from gteopt.report.rows import COLUMNS, MISSING, index_rent, machine_line, rows
+from gteopt.report.rows import COLUMNS, MISSING, index_rent, machine_line, result_rows
 from gteopt.report.terminal import _IN_TERMINAL, bench_table, eval_table, terminal_table
 from gteopt.report.wording import METRIC_WORDS, metric_amount
 
-MACHINE = Machine(
+MACHINE = MachineRecord(
     cpu="AMD EPYC 9B14 (avx512_bf16, avx512_vnni)",
     n_cores=2,
     memory_bytes=25_276_502_016,
@@ -103,7 +103,7 @@ def test_the_dotted_line_joins_lower_ends_and_not_measured_values(demo: Results)
 
 
 def test_rows_give_the_baseline_first_and_every_ratio_against_it(demo: Results) -> None:
-    table_rows = rows(demo)
+    table_rows = result_rows(demo)
     assert [row.name for row in table_rows] == [variant.name for variant in DEMO]
     for row, variant in zip(table_rows, DEMO, strict=True):
         assert row.weight_ratio == variant.weight_bytes / DEMO[0].weight_bytes
@@ -113,7 +113,7 @@ def test_rows_give_the_baseline_first_and_every_ratio_against_it(demo: Results) 
 
 
 def test_the_verdict_names_each_broken_limit_in_numbers(demo: Results) -> None:
-    verdicts = {row.name: row.verdict for row in rows(demo)}
+    verdicts = {row.name: row.verdict for row in result_rows(demo)}
     assert verdicts["gptq-int4-pca128"] == "picked"
     assert verdicts["int8"] == "on the Pareto front"
     assert verdicts["int8-slice64-int8"] == "retention 96.12 % < 97 %"
@@ -129,7 +129,7 @@ def test_every_metric_that_a_policy_can_limit_has_a_verdict(demo: Results, metri
     broken = BrokenLimit(metric=metric, bound="max", limit=1.0, found=2.0)
     candidates = [c.model_copy(update={"broken": (broken,)}) for c in demo.choice.candidates]
     choice = demo.choice.model_copy(update={"picked": None, "candidates": tuple(candidates)})
-    for row in rows(demo.model_copy(update={"choice": choice})):
+    for row in result_rows(demo.model_copy(update={"choice": choice})):
         if row.name in {c.name for c in candidates}:
             limit, value = metric_amount(metric, 1.0), metric_amount(metric, 2.0)
             assert row.verdict == f"{METRIC_WORDS[metric]} {value} > {limit}"
@@ -137,7 +137,7 @@ def test_every_metric_that_a_policy_can_limit_has_a_verdict(demo: Results, metri
 
 def test_a_variant_without_an_evaluation_has_a_row_without_scores(demo: Results) -> None:
     evals = {name: report for name, report in demo.evals.items() if name not in ("none", "int8")}
-    by_name = {row.name: row for row in rows(demo.model_copy(update={"evals": evals}))}
+    by_name = {row.name: row for row in result_rows(demo.model_copy(update={"evals": evals}))}
     assert by_name["int8"].score is None
     assert by_name["int8"].speed_ratio is not None
     assert by_name["none"].retention == 1.0
@@ -168,7 +168,7 @@ def test_a_narrow_terminal_loses_whole_columns_which_are_named_and_no_digit(
     assert bool(missing) == (width < 200)
     shown = [c for c in COLUMNS if c.attribute in _IN_TERMINAL and c.title not in missing]
     assert shown
-    by_name = {row.name: row for row in rows(demo)}
+    by_name = {row.name: row for row in result_rows(demo)}
     for name in ("none", "int8", "gptq-int4"):
         line = next(line for line in text.splitlines() if f" {name} " in line)
         assert line.split()[-len(shown) :] == [column.text(by_name[name]) for column in shown]
@@ -207,7 +207,7 @@ def test_the_evaluation_table_shows_every_task_and_language(demo: Results) -> No
 
 def test_differences_are_shown_with_their_intervals_and_verdicts(demo: Results) -> None:
     report = demo.evals["int8"]
-    difference = Difference(value=-0.004, low=-0.007, high=-0.001, verdict="worse", p=0.004)
+    difference = ScoreDifference(value=-0.004, low=-0.007, high=-0.001, verdict="worse", p=0.004)
     tasks = [task.model_copy(update={"difference": difference}) for task in report.tasks]
     tasks[0] = tasks[0].model_copy(update={"difference": None, "no_interval": "only 4 queries"})
     judged = report.model_copy(update={"difference": difference, "tasks": tuple(tasks)})
@@ -242,7 +242,7 @@ def judged(demo: Results) -> Results:
     for name, report in demo.evals.items():
         value = report.score - report.baseline_score
         assert report.retention is not None
-        around = Difference(
+        around = ScoreDifference(
             value=value, low=value - 0.01, high=value + 0.01, verdict="undecided", p=0.3
         )
         evals[name] = report.model_copy(
@@ -477,12 +477,12 @@ def folder(demo: Results, tmp_path: Path) -> Path:
 def test_switching_the_policy_shows_what_gteopt_choose_picks_by_it(
     folder: Path, tmp_path: Path
 ) -> None:
-    shipped = {name: load_policy(name) for name in shipped_names("recipes/policies")}
-    judged_by = {name: judge(folder, policy) for name, policy in shipped.items()}
+    shipped = {name: load_policy(name) for name in list_shipped_names("recipes/policies")}
+    judged_by = {name: choose_by_policy(folder, policy) for name, policy in shipped.items()}
     choices = {name: results.choice for name, results in judged_by.items()}
     picks = {name: choice.picked for name, choice in choices.items() if choice is not None}
     assert len(set(picks.values())) >= 3  # else the test could not tell policies apart
-    path = write_page(folder, judge(folder, shipped["balanced"]))
+    path = write_choice_page(folder, choose_by_policy(folder, shipped["balanced"]))
     page = path.read_text(encoding="utf-8")
     path.write_text(page.replace("</body>", f"<script>{SWITCH}</script></body>"), encoding="utf-8")
     dom, log, urls = browse(path, 1280, tmp_path)
@@ -498,7 +498,7 @@ def test_switching_the_policy_shows_what_gteopt_choose_picks_by_it(
         assert shown["starred"] == shown["rows"]
         assert shown["coloured"] == ([picked] if picked not in (None, "none") else [])
         assert bool(shown["use"]) == (picked is not None)
-        verdicts = {row.name: row.verdict for row in rows(judged_by[name])}
+        verdicts = {row.name: row.verdict for row in result_rows(judged_by[name])}
         for row_name, words in verdicts.items():
             assert shown["verdicts"][row_name].endswith(words)
 
@@ -536,8 +536,8 @@ def test_a_page_of_two_runs_says_what_changed_and_what_was_not_measured_alike(
     folder: Path, tmp_path: Path
 ) -> None:
     monday, friday = two_runs(folder, tmp_path)
-    judge(monday, load_policy("balanced"))
-    path = write_comparison(monday, friday)
+    choose_by_policy(monday, load_policy("balanced"))
+    path = write_comparison_page(monday, friday)
     assert path == monday / "report-beside-friday.html"
     dom, log, urls = browse(path, 1280, tmp_path)
     assert "CONSOLE" not in log, log
@@ -564,7 +564,7 @@ def test_a_page_of_two_runs_says_what_changed_and_what_was_not_measured_alike(
 
 def test_two_runs_alike_have_nothing_that_differs(folder: Path, tmp_path: Path) -> None:
     runs = [read_results(folder)] * 2
-    assert beside.differences(("a", "b"), runs) == []
+    assert beside.describe_differences(("a", "b"), runs) == []
     page = comparison_page(("a", "b"), runs)
     assert "Measured under different conditions" not in page
     assert "Every figure is the same." in page
@@ -591,7 +591,7 @@ def test_neighbours_by_bytes_are_drawn_where_a_grid_was_scored(demo: Results, n_
 
 
 def test_ticks_of_a_logarithmic_axis_do_not_touch() -> None:
-    assert spread([16, 32, 40, 48, 64, 1000, 1024]) == [16, 32, 48, 1000]
+    assert thin_ticks([16, 32, 40, 48, 64, 1000, 1024]) == [16, 32, 48, 1000]
 
 
 def test_the_first_lines_say_what_the_pick_costs(demo: Results) -> None:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import httpx
 import uvicorn
 
-from gteopt.commands.serve import configure
+from gteopt.commands.serve import configure_uvicorn
 from gteopt.encoder import Encoder
 from gteopt.encoder.loading import load
-from gteopt.server.keys import Keys
+from gteopt.server.keys import ApiKeys
 from gteopt.server.service import Service
-from gteopt.server.settings import Settings
+from gteopt.server.settings import ServerSettings
 
 
 @dataclass
@@ -40,17 +40,17 @@ class Running:
 
 @contextmanager
 def running(
-    sources: dict[str, str], settings: Settings | None = None, keys: Keys | None = None
+    sources: dict[str, str], settings: ServerSettings | None = None, keys: ApiKeys | None = None
 ) -> Iterator[Running]:
     """Serve in a thread, as `gteopt serve` does in the main one."""
-    settings = settings or Settings()
+    settings = settings or ServerSettings()
 
     def open_encoder(source: str) -> Encoder:
         return load(source, dtype="float32")
 
     service = Service(sources, open_encoder, settings, keys)
     service.start()
-    server = uvicorn.Server(configure(service))
+    server = uvicorn.Server(configure_uvicorn(service))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -16,12 +16,12 @@ import gteopt
 from gteopt.config.recipe import load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.errors import IntegrityError, NumericsError
-from gteopt.machine import machine
+from gteopt.machine import describe_machine
 from gteopt.records.canary import CANARY, CanaryRecord
 from gteopt.records.evaluation import EvalReport, Fidelity
 from gteopt.records.files import write_record
-from gteopt.server.answers import shorten
-from gteopt.server.models import Served, measure_cost
+from gteopt.server.answers import shorten_vectors
+from gteopt.server.models import ServedModel, measure_cost
 from tests.server.running_server import Running, running
 
 TEXTS = ["how tall is mont blanc", "Mont Blanc is 4,806 metres high.", "a"]
@@ -110,7 +110,7 @@ def test_an_artifact_that_computes_another_vector_is_not_served(
     stored = encoder.manifest.model_copy(update={"canary": CanaryRecord.of(CANARY, vector)})
     object.__setattr__(encoder.checkpoint, "manifest", stored)
     with pytest.raises(NumericsError, match="that the artifact stores"):
-        Served("a", str(artifact), encoder).warm_up(seconds=0.1)
+        ServedModel("a", str(artifact), encoder).warm_up(seconds=0.1)
 
 
 def test_an_artifact_without_a_stored_vector_is_served(artifact: Path) -> None:
@@ -118,7 +118,7 @@ def test_an_artifact_without_a_stored_vector_is_served(artifact: Path) -> None:
     assert encoder.manifest is not None
     older = encoder.manifest.model_copy(update={"canary": None})
     object.__setattr__(encoder.checkpoint, "manifest", older)
-    served = Served("a", str(artifact), encoder)
+    served = ServedModel("a", str(artifact), encoder)
     served.warm_up(seconds=0.1)
     assert served.is_right(encoder.encode([CANARY])[0])
 
@@ -165,13 +165,13 @@ def test_info_repeats_license_retention_and_fidelity_of_the_results(
         retention_low=0.9951,
         retention_high=1.0012,
         fidelity=fidelity,
-        machine=machine(),
+        machine=describe_machine(),
         versions={},
     )
     other_report = report.model_copy(update={"variant": "other", "artifact_sha256": "d" * 64})
     for record in (report, other_report):
         write_record(tmp_path / "eval" / f"{record.variant}.json", record)
-    about = Served("a", str(artifact), encoder).about
+    about = ServedModel("a", str(artifact), encoder).about
     assert encoder.manifest is not None
     assert about["license"] == encoder.manifest.base.license
     (quality,) = about["quality"]
@@ -184,7 +184,7 @@ def test_info_repeats_license_retention_and_fidelity_of_the_results(
 def test_a_cut_vector_is_a_unit_vector_again() -> None:
     rows = np.array([[3 / 13, 4 / 13, 12 / 13], [0, 0, 1]], np.float32)
     expected = np.array([[0.6, 0.8], [0, 0]])
-    np.testing.assert_allclose(shorten(rows, 2), expected, atol=1e-7)
+    np.testing.assert_allclose(shorten_vectors(rows, 2), expected, atol=1e-7)
 
 
 def test_the_warm_up_ends_in_time_on_a_slow_device() -> None:
@@ -223,7 +223,7 @@ def test_the_cost_of_a_pass_is_its_time_on_idle_cores(
     alone_s: float,
 ) -> None:
     """A pass takes 1 ms of CPU time for each token. Clocks are in these milliseconds."""
-    served = Served("a", str(artifact), gteopt.load(artifact, device="cpu"))
+    served = ServedModel("a", str(artifact), gteopt.load(artifact, device="cpu"))
     now = {"perf_counter": 0.0, "process_time": 0.0, "thread_time": 0.0}
 
     def compute(tokens: Sequence[Sequence[int]]) -> None:
@@ -252,7 +252,7 @@ def test_what_is_padded_is_computed_in_groups_of_like_length(
     texts = ["word " * n for n in (1, 100, 2, 90, 3, 80)]
     tokens = served.encoder.tokenization.tokenize(texts)
     monkeypatch.setattr(Encoder, "pads", property(lambda self: True))
-    padded = Served("short", served.source, served.encoder)
+    padded = ServedModel("short", served.source, served.encoder)
     longest = max(map(len, tokens))
     lengths = [len(ids) for ids in tokens]
     assert 0 < padded.padding(lengths) < 0.4 * (longest * len(tokens) - sum(lengths))

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from gteopt.server.connections import ImpatientProtocol
-from gteopt.server.settings import Settings
+from gteopt.server.settings import ServerSettings
 from tests.server.running_server import Running, running
 
 
@@ -107,7 +107,7 @@ def test_unknown_routes_and_methods_get_the_error_object(
 @pytest.fixture(scope="module")
 def narrow() -> Iterator[Running]:
     """A server with limits that a test reaches."""
-    settings = Settings(max_body_bytes=10_000, body_timeout_s=0.5, max_request_tokens=400)
+    settings = ServerSettings(max_body_bytes=10_000, body_timeout_s=0.5, max_request_tokens=400)
     with running({"nano": "nano"}, settings) as server:
         yield server
 

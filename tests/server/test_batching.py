@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gteopt.server.batching import (
-    Budget,
     CostModel,
     FairQueue,
-    Item,
-    Job,
+    PassBudget,
+    QueuedJob,
+    QueuedText,
     bisect_failures,
-    is_long,
+    is_long_request,
     seconds_to_wait,
 )
 
@@ -26,8 +26,10 @@ LANE, OTHER = "small", "big"
 UNBOUNDED = 1 << 30
 
 
-def job(costs: Sequence[float], key: str = "", budget_s: float = 10.0, lane: object = LANE) -> Job:
-    return Job(lane, Budget(budget_s, UNBOUNDED), key, costs, [1] * len(costs))
+def job(
+    costs: Sequence[float], key: str = "", budget_s: float = 10.0, lane: object = LANE
+) -> QueuedJob:
+    return QueuedJob(lane, PassBudget(budget_s, UNBOUNDED), key, costs, [1] * len(costs))
 
 
 @dataclass
@@ -36,10 +38,10 @@ class Server:
 
     queue: FairQueue
     now: float = 0.0
-    finished: dict[Job, float] = field(default_factory=dict)
-    batches: list[list[Item]] = field(default_factory=list)
+    finished: dict[QueuedJob, float] = field(default_factory=dict)
+    batches: list[list[QueuedText]] = field(default_factory=list)
 
-    def run(self, arrivals: Sequence[tuple[float, Job]]) -> None:
+    def run(self, arrivals: Sequence[tuple[float, QueuedJob]]) -> None:
         coming = sorted(arrivals, key=lambda arrival: arrival[0])
         left = {request: len(request.costs) for _, request in coming}
         while coming or len(self.queue):
@@ -58,10 +60,10 @@ class Server:
                     self.finished[item.job] = self.now
 
 
-def shared_finishes(arrivals: Sequence[tuple[float, Job]]) -> dict[Job, float]:
+def shared_finishes(arrivals: Sequence[tuple[float, QueuedJob]]) -> dict[QueuedJob, float]:
     """End of each request on a server that works on all at once, in equal shares."""
     coming = sorted(arrivals, key=lambda arrival: arrival[0])
-    left: dict[Job, float] = {}
+    left: dict[QueuedJob, float] = {}
     now, finished = 0.0, {}
     while coming or left:
         if not left:
@@ -254,7 +256,7 @@ def test_dropped_requests_leave_nothing_behind(
     gone = data.draw(st.lists(st.sampled_from(jobs), unique_by=id))
     for request in gone:
         queue.drop(request)
-    served: list[Item] = []
+    served: list[QueuedText] = []
     while len(queue):
         served += queue.compose()
     assert not {id(item.job) for item in served} & {id(request) for request in gone}
@@ -304,9 +306,9 @@ def test_a_batch_of_the_budget_reaches_the_share_of_the_best_throughput(
     assert work / (overhead + work) == pytest.approx(share)
 
 
-def arriving(cost: float, key: str = "") -> Job:
+def arriving(cost: float, key: str = "") -> QueuedJob:
     request = job([cost], key)
-    request.is_long = is_long(cost, 30.0)
+    request.is_long = is_long_request(cost, 30.0)
     return request
 
 

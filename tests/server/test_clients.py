@@ -14,7 +14,7 @@ from langchain_openai import OpenAIEmbeddings
 from pydantic import SecretStr
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from gteopt.server.settings import Settings
+from gteopt.server.settings import ServerSettings
 from tests.server.running_server import Running, running
 
 TEXTS = ["how tall is mont blanc", "Mont Blanc is 4,806 metres high."]
@@ -63,7 +63,7 @@ def test_foreign_token_ids_are_refused_with_the_line_that_mends_the_client(
 
 
 def test_foreign_token_ids_are_decoded_where_the_server_knows_their_tokenizer() -> None:
-    with running({"nano": "nano"}, Settings(decoder=Alphabet())) as server:
+    with running({"nano": "nano"}, ServerSettings(decoder=Alphabet())) as server:
         answer = server.embed(
             input=[[ord(character) for character in text] for text in TEXTS]
         ).json()

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gteopt.server.batching import CostModel
-from gteopt.server.settings import Settings
+from gteopt.server.settings import ServerSettings
 from tests.server.running_server import Running, running
 
 POISON = "poison"
@@ -23,7 +23,7 @@ Compute = Callable[[Sequence[Sequence[int]]], NDArray[np.float32]]
 @pytest.fixture(scope="module")
 def fragile() -> Iterator[Running]:
     """A server with room for half a second of work."""
-    with running({"nano": "nano"}, Settings(max_queue_s=0.5)) as server:
+    with running({"nano": "nano"}, ServerSettings(max_queue_s=0.5)) as server:
         yield server
 
 
@@ -201,7 +201,7 @@ def test_a_text_that_was_asked_for_before_does_not_reach_the_device() -> None:
         lines = server.client.get("/metrics").text.splitlines()
         return next(line for line in lines if line.startswith("gteopt_batch_texts_sum"))
 
-    with running({"nano": "nano"}, Settings(cache_bytes=1 << 20)) as caching:
+    with running({"nano": "nano"}, ServerSettings(cache_bytes=1 << 20)) as caching:
         first = caching.embed(input=["cached text", "another"]).json()
         before = texts_computed(caching)
         again = caching.embed(input=["another", "cached text"], dimensions=256).json()

@@ -10,32 +10,32 @@ import openai
 import pytest
 
 from gteopt.errors import InputError
-from gteopt.server.keys import Allowance, Keys, read_keys
+from gteopt.server.keys import Allowance, ApiKeys, read_api_keys
 from tests.server.running_server import Running, running
 
 SECRET, ADMIN, POOR = "sk-secret-secret-1", "sk-admin-admin-admin", "sk-poor-poor-poor-1"
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> Keys:
+def keys(tmp_path: Path) -> ApiKeys:
     path = tmp_path / "keys.txt"
     digest = hashlib.sha256(ADMIN.encode()).hexdigest()
     path.write_text(
         f"# who may ask\n{SECRET}\noffice sha256:{digest} weight=4 admin=1\n"
         f"poor {POOR} requests_per_minute=2\n"
     )
-    return read_keys(path)
+    return read_api_keys(path)
 
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     path = tmp_path_factory.mktemp("keys") / "keys.txt"
     path.write_text(f"a {SECRET}\nb {ADMIN} admin=1\nc {POOR} requests_per_minute=2\n")
-    with running({"nano": "nano"}, keys=read_keys(path)) as server:
+    with running({"nano": "nano"}, keys=read_api_keys(path)) as server:
         yield server
 
 
-def test_a_key_is_found_by_its_secret_alone(keys: Keys) -> None:
+def test_a_key_is_found_by_its_secret_alone(keys: ApiKeys) -> None:
     key = keys.find(ADMIN)
     assert key is not None
     assert (key.name, key.weight, key.admin) == ("office", 4.0, 1.0)
@@ -47,17 +47,17 @@ def test_all_wrong_lines_of_a_key_file_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "keys.txt"
     path.write_text("short\na b c\nname sk-long-enough-secret wait=1\n\nx sha256:12\n")
     with pytest.raises(InputError) as raised:
-        read_keys(path)
+        read_api_keys(path)
     for line in ("line 1: a key has at least 16", "line 2", "did you mean weight", "line 5"):
         assert line in str(raised.value)
 
 
 def test_a_missing_or_empty_key_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
-        read_keys(tmp_path / "none")
+        read_api_keys(tmp_path / "none")
     (tmp_path / "empty").write_text("# nothing\n")
     with pytest.raises(InputError, match="no key"):
-        read_keys(tmp_path / "empty")
+        read_api_keys(tmp_path / "empty")
 
 
 def test_an_allowance_refills_with_time() -> None:

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gteopt.server import engine as engine_module
-from gteopt.server.batching import Budget, CostModel
-from gteopt.server.engine import Engine, Work
+from gteopt.server.batching import CostModel, PassBudget
+from gteopt.server.engine import Engine, EngineWork
 from gteopt.server.memory import pass_padding, return_free_memory
 from gteopt.server.metrics import Metrics
 from tests.server.running_server import Running, running
@@ -72,7 +72,7 @@ class Quick:
 
     name = "quick"
     cost = CostModel(1e-4, 0.0, 1e-6, 0.0)
-    budget = Budget(0.1, 64)
+    budget = PassBudget(0.1, 64)
 
     def compute(self, tokens: Sequence[Sequence[int]], between_blocks: Any = None) -> Any:
         return np.zeros((len(tokens), 4), np.float32)
@@ -94,8 +94,8 @@ def test_free_memory_is_returned_between_passes(monkeypatch: pytest.MonkeyPatch)
     engine = Engine(Metrics())
     engine.start()
     try:
-        done: list[Future[Work]] = [
-            engine.submit(Work.of(Quick(), [[1, 2, 3]], key="a", dims=4)) for _ in range(5)
+        done: list[Future[EngineWork]] = [
+            engine.submit(EngineWork.of(Quick(), [[1, 2, 3]], key="a", dims=4)) for _ in range(5)
         ]
         assert all(not each.result(timeout=30).errors for each in done)
         assert trimmed.wait(30)

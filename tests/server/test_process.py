@@ -21,7 +21,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gteopt.cli.app import app
-from gteopt.commands.serve import open_decoder, parse_sources
+from gteopt.commands.serve import open_token_decoder, parse_served_sources
 from gteopt.errors import GteoptError, InputError
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -101,12 +101,12 @@ def test_a_device_that_dies_ends_the_process_with_70(tmp_path: Path) -> None:
     script.write_text(
         "import sys\n"
         "from gteopt.commands.serve import ServerRuntime, serve\n"
-        "from gteopt.server.settings import Settings\n"
+        "from gteopt.server.settings import ServerSettings\n"
         "def kill(url, service):\n"
         "    def die():\n"
         "        raise RuntimeError('CUDA error: unspecified launch failure')\n"
         "    service.engine.call(die)\n"
-        "sys.exit(serve(['nano'], ServerRuntime(port=0), Settings(), on_ready=kill))\n"
+        "sys.exit(serve(['nano'], ServerRuntime(port=0), ServerSettings(), on_ready=kill))\n"
     )
     assert (
         subprocess.run([sys.executable, str(script)], env=ENVIRONMENT, timeout=300).returncode == 70
@@ -162,16 +162,16 @@ def test_a_missing_extra_gives_the_line_that_installs_it(tmp_path: Path) -> None
 
 
 def test_names_of_artifacts_are_given_or_the_folder_s_own() -> None:
-    assert parse_sources(["artifacts/demo/int8", "big=org/model"]) == {
+    assert parse_served_sources(["artifacts/demo/int8", "big=org/model"]) == {
         "int8": "artifacts/demo/int8",
         "big": "org/model",
     }
     with pytest.raises(InputError, match="write NAME=ARTIFACT"):
-        parse_sources(["=x"])
+        parse_served_sources(["=x"])
     with pytest.raises(InputError, match="name an artifact"):
-        parse_sources([])
+        parse_served_sources([])
 
 
 def test_an_unknown_tokenizer_is_refused_with_the_near_one() -> None:
     with pytest.raises(InputError, match="did you mean o200k_base"):
-        open_decoder("o200k")
+        open_token_decoder("o200k")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gteopt.speed.energy import Meter, meter
+from gteopt.speed.energy import EnergyMeter, open_energy_meter
 
 
 def test_a_processor_has_no_counter_and_says_so() -> None:
-    counter = meter(torch.device("cpu"))
+    counter = open_energy_meter(torch.device("cpu"))
     assert counter.joules is None
     assert "NVIDIA" in counter.source
     assert counter.per_call(lambda: pytest.fail("called for nothing"), 1.0) is None
@@ -17,7 +17,7 @@ def test_a_processor_has_no_counter_and_says_so() -> None:
 
 def test_energy_of_a_call_is_that_of_enough_calls_over_their_number() -> None:
     calls: list[int] = []
-    counter = Meter(lambda: 100.0 + 3.0 * len(calls), "three joules a call")
+    counter = EnergyMeter(lambda: 100.0 + 3.0 * len(calls), "three joules a call")
     assert counter.per_call(lambda: calls.append(1), 0.25) == 3.0
     assert len(calls) == 8  # two seconds of calls
     assert counter.per_call(lambda: calls.append(1), 60.0) == 3.0
@@ -26,7 +26,7 @@ def test_energy_of_a_call_is_that_of_enough_calls_over_their_number() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts on an NVIDIA GPU only")
 def test_work_on_a_gpu_takes_energy_or_the_reason_why_none_is_counted_is_said() -> None:
-    counter = meter(torch.device("cuda"))
+    counter = open_energy_meter(torch.device("cuda"))
     x = torch.randn(4096, 4096, device="cuda")
 
     def work() -> None:

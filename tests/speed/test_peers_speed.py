@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gteopt.model.checkpoint import open_checkpoint
-from gteopt.speed.random_model import shapes
+from gteopt.speed.random_model import read_model_shapes
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SMALL = {
@@ -26,7 +26,7 @@ def compared(folder: Path, *options: str) -> dict[str, Any]:
     """The JSON after a run on a small shape."""
     shape = folder / "small"
     shape.mkdir(exist_ok=True)
-    config = {**shapes()["gte-Qwen2-7B-instruct"], **SMALL}
+    config = {**read_model_shapes()["gte-Qwen2-7B-instruct"], **SMALL}
     config["vocab_size"] = open_checkpoint("nano").config["vocab_size"]
     (shape / "config.json").write_text(json.dumps(config))
     script = str(ROOT / "benchmarks" / "peers_speed.py")

@@ -15,11 +15,11 @@ from gteopt.config.plan import BenchSpec, Workload
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.loading import load
 from gteopt.errors import GteoptError, InputError
-from gteopt.machine import machine, versions
+from gteopt.machine import describe_machine, read_library_versions
 from gteopt.model.checkpoint import open_checkpoint
 from gteopt.records.bench import BenchReport
 from gteopt.speed.child_process import FootprintQuestion, ask_child
-from gteopt.speed.protocol import bench, default_workloads, fitting
+from gteopt.speed.protocol import default_workloads, drop_long_workloads, run_bench_protocol
 from gteopt.speed.texts import exact_texts
 
 NANO = Path(gteopt.__file__).parent / "assets" / "nano"
@@ -46,7 +46,9 @@ def report() -> BenchReport:
 
     sources = {"copy": str(NANO), "none": "nano"}
     ballast = np.ones(BALLAST_BYTES, dtype=np.uint8)
-    measured = bench(sources, baseline="none", spec=SPEC, device="cpu", progress=progress)
+    measured = run_bench_protocol(
+        sources, baseline="none", spec=SPEC, device="cpu", progress=progress
+    )
     assert ballast.all()  # was held in this process while the children ran
     return measured
 
@@ -154,7 +156,7 @@ def test_all_that_is_wrong_is_said_at_once_before_anything_is_measured() -> None
     spec = BenchSpec(query_tokens=9000, workloads=(Workload(batch_size=3, tokens=8192),))
     steps: list[str] = []
     with pytest.raises(InputError) as caught:
-        bench(
+        run_bench_protocol(
             {"none": "nano", "ghost": "no/such-folder"},
             baseline="none",
             spec=spec,
@@ -178,7 +180,7 @@ def test_a_set_of_workloads_is_measured_as_far_as_the_model_reads(
     ]  # fmt: skip
     assert {workload.batch_size * workload.tokens for workload in long.workloads[:4]} == {16_384}
     limit = open_checkpoint("nano").max_tokens
-    assert [workload.longest for workload in fitting(long, limit).workloads] == [
+    assert [workload.longest for workload in drop_long_workloads(long, limit).workloads] == [
         128,
         512,
         2048,
@@ -196,23 +198,23 @@ def test_what_a_set_has_beyond_the_model_is_left_out_and_the_report_says_so() ->
     spec = SPEC.model_copy(
         update={"workloads": (*SPEC.workloads, Workload(batch_size=1, tokens=32_768))}
     )
-    report = bench({"none": "nano"}, baseline="none", spec=spec, skip_too_long=True)
+    report = run_bench_protocol({"none": "nano"}, baseline="none", spec=spec, skip_too_long=True)
     assert report.spec == SPEC
     assert len(report.variants["none"].throughput) == len(SPEC.workloads)
     far = spec.model_copy(update={"workloads": spec.workloads[-1:]})
     with pytest.raises(InputError, match="every workload is beyond the models' limit"):
-        bench({"none": "nano"}, baseline="none", spec=far, skip_too_long=True)
+        run_bench_protocol({"none": "nano"}, baseline="none", spec=far, skip_too_long=True)
 
 
 def test_a_baseline_that_is_not_among_the_sources_gets_a_suggestion() -> None:
     with pytest.raises(InputError, match="'nome' is not measured: did you mean none"):
-        bench({"none": "nano"}, baseline="nome", spec=SPEC)
+        run_bench_protocol({"none": "nano"}, baseline="nome", spec=SPEC)
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta"])
 def test_an_unknown_device_is_refused_before_any_model_is_opened(device: str) -> None:
     with pytest.raises(InputError, match=rf"^unknown device '{device}': use auto, cpu, cuda"):
-        bench({"none": "no/such-folder"}, baseline="none", spec=SPEC, device=device)
+        run_bench_protocol({"none": "no/such-folder"}, baseline="none", spec=SPEC, device=device)
 
 
 def test_a_child_that_dies_is_reported_with_its_last_line() -> None:
@@ -224,9 +226,9 @@ def test_a_child_that_dies_is_reported_with_its_last_line() -> None:
 
 
 def test_the_machine_is_described_without_gaps() -> None:
-    here = machine()
+    here = describe_machine()
     assert here.cpu
     assert 1 <= here.n_cores <= torch.get_num_threads() * 1024
     assert here.memory_bytes > 10**8
     assert (here.gpu is None) == (not torch.cuda.is_available())
-    assert versions()["numpy"] == np.__version__
+    assert read_library_versions()["numpy"] == np.__version__

@@ -24,10 +24,10 @@ from gteopt.records.bench import (
     index_cost_per_month,
 )
 from gteopt.report.terminal import bench_table, limits_table, whole_model_table
-from gteopt.speed.protocol import bench
-from gteopt.speed.random_model import largest_depth, shapes, write_dummy
+from gteopt.speed.protocol import run_bench_protocol
+from gteopt.speed.random_model import largest_depth, read_model_shapes, write_random_model
 from gteopt.speed.texts import text_lengths
-from gteopt.speed.whole_model import extrapolate
+from gteopt.speed.whole_model import extrapolate_whole_model
 
 SMALL = {
     "model_type": "qwen2",
@@ -78,7 +78,7 @@ def n_parameters(config: dict[str, int]) -> int:
     ],
 )
 def test_shipped_shapes_have_the_published_sizes(name: str, billions: float) -> None:
-    assert n_parameters(shapes()[name]) / 1e9 == pytest.approx(billions, abs=0.01)
+    assert n_parameters(read_model_shapes()[name]) / 1e9 == pytest.approx(billions, abs=0.01)
 
 
 @pytest.mark.parametrize("changes", [{}, QWEN3], ids=["qwen2", "qwen3"])
@@ -88,7 +88,7 @@ def test_a_folder_of_random_weights_is_a_model_with_sane_activations(
     config = {**SMALL, **changes}
     (small / "config.json").write_text(json.dumps(config))
     out = tmp_path / "out"
-    assert write_dummy(str(small), out, n_layers=2) == (2, 3)
+    assert write_random_model(str(small), out, n_layers=2) == (2, 3)
     checkpoint = open_checkpoint(out)
     counted = sum(int(np.prod(s)) for n, s in checkpoint.tensors.items() if len(s) == 2)
     assert counted == n_parameters({**config, "num_hidden_layers": 2})  # type: ignore[dict-item]
@@ -107,21 +107,21 @@ def test_what_cannot_be_built_is_refused_with_what_can(
     tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputError, match="did you mean gte-Qwen2-7B-instruct"):
-        write_dummy("Alibaba-NLP/gte-Qwen2-7B-instuct", tmp_path / "a")
+        write_random_model("Alibaba-NLP/gte-Qwen2-7B-instuct", tmp_path / "a")
     with pytest.raises(InputError, match="has 3 blocks; give 1 to 3"):
-        write_dummy(str(small), tmp_path / "a", n_layers=4)
+        write_random_model(str(small), tmp_path / "a", n_layers=4)
     (small / "config.json").write_text(json.dumps({**SMALL, "model_type": "bert"}))
     with pytest.raises(UnsupportedError, match="is a bert"):
-        write_dummy(str(small), tmp_path / "a")
+        write_random_model(str(small), tmp_path / "a")
     memory = psutil.virtual_memory()._replace(available=4_000_000_000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     with pytest.raises(InputError, match=r"28 of 28 blocks .* 4.0 GB are free; --layers 2 fits"):
-        write_dummy("gte-Qwen2-7B-instruct", tmp_path / "a")
+        write_random_model("gte-Qwen2-7B-instruct", tmp_path / "a")
     memory = memory._replace(available=100_000_000_000)
     disk = shutil.disk_usage(tmp_path)._replace(free=10_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: disk)
     with pytest.raises(InputError, match=r"of disk in .* 10.0 GB are free; --layers 6 fits"):
-        write_dummy("gte-Qwen2-7B-instruct", tmp_path / "a")
+        write_random_model("gte-Qwen2-7B-instruct", tmp_path / "a")
     with pytest.raises(InputError, match="cannot be calibrated, as gptq-int4 would need"):
         bench_dummy("gte-Qwen2-7B-instruct", ["gptq-int4"], spec=BenchSpec())
 
@@ -161,9 +161,9 @@ def test_a_bench_refuses_an_unknown_architecture_beside_its_other_problems(tmp_p
     shape = tmp_path / "shape"
     shape.mkdir()
     (shape / "config.json").write_text(json.dumps(config))
-    write_dummy(str(shape), tmp_path / "qwen3")
+    write_random_model(str(shape), tmp_path / "qwen3")
     with pytest.raises(InputError, match="this is a qwen3 one") as refused:
-        bench(
+        run_bench_protocol(
             {"nano": "nano", "qwen3": str(tmp_path / "qwen3"), "gone": str(tmp_path / "gone")},
             baseline="nano",
             spec=BenchSpec(),
@@ -247,13 +247,13 @@ def test_the_bench_of_random_weights_says_what_it_measured(small: Path) -> None:
         }
         return report.model_copy(update={"variants": variants})
 
-    whole = extrapolate(at_depth(8), at_depth(4), (8, 4), 28)
+    whole = extrapolate_whole_model(at_depth(8), at_depth(4), (8, 4), 28)
     for name, variant in at_depth(28).variants.items():
         assert whole[name].query_ms == pytest.approx(variant.latency.p50_ms)
         assert whole[name].tokens_per_s == pytest.approx(variant.tokens_per_s)
         assert whole[name].weight_bytes == variant.weight_bytes
     with pytest.raises(InputError, match="not slower with 8 blocks than with 4"):
-        extrapolate(at_depth(4), at_depth(8), (8, 4), 28)
+        extrapolate_whole_model(at_depth(4), at_depth(8), (8, 4), 28)
     dummy = report.dummy.model_copy(update={"whole": whole, "shallow_layers": 4})
     known = priced.model_copy(update={"dummy": dummy})
     speed = whole["rtn-int8"].tokens_per_s

@@ -12,17 +12,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gteopt.commands.embed import parse_options
+from gteopt.commands.embed import parse_embed_options
 from gteopt.corpus.jobs import (
     EmbedReport,
-    Request,
+    JobRequest,
     RunShards,
-    embed_here,
-    prepare,
-    run,
-    working_alone,
+    embed_in_process,
+    lock_job,
+    prepare_job,
+    run_job,
 )
-from gteopt.encoder.description import Description
+from gteopt.encoder.description import EncoderDescription
 from gteopt.encoder.encoder import Encoder
 
 TEXTS = [f"entry {i}: " + "wings and air, " * (i % 5 + 1) for i in range(40)]
@@ -37,7 +37,7 @@ def write_jsonl(path: Path, texts: Sequence[object] = TEXTS, column: str = "text
 
 
 def embed_with(
-    encoder: Description,
+    encoder: EncoderDescription,
     inputs: Path | Sequence[str],
     out: Path | str,
     *,
@@ -46,13 +46,13 @@ def embed_with(
 ) -> EmbedReport:
     """A run of a job, in this process unless a runner is given."""
     named = [str(inputs)] if isinstance(inputs, Path) else list(inputs)
-    settings, _, wishes = parse_options({"shard_rows": 16, **options})
-    with working_alone(out):
-        job = prepare(Request(tuple(named), "nano", out, settings), encoder, wishes=wishes)
-        return run(job, runner or embed_here(_loaded(encoder)), wishes=wishes)
+    settings, _, wishes = parse_embed_options({"shard_rows": 16, **options})
+    with lock_job(out):
+        job = prepare_job(JobRequest(tuple(named), "nano", out, settings), encoder, wishes=wishes)
+        return run_job(job, runner or embed_in_process(_loaded(encoder)), wishes=wishes)
 
 
-def _loaded(encoder: Description) -> Encoder:
+def _loaded(encoder: EncoderDescription) -> Encoder:
     assert isinstance(encoder, Encoder), "a described model needs a runner"
     return encoder
 

@@ -12,23 +12,23 @@ import pytest
 
 from gteopt.config.recipe import Dims, VectorCode, Vectors
 from gteopt.errors import InputError, UnsupportedError
-from gteopt.vectors.codebooks import allot_bits, distortion, fit_codebook, normal_levels
-from gteopt.vectors.codes import Binary, RaBitQ, Scalar
+from gteopt.vectors.codebooks import allot_bits, fit_codebook, normal_distortion, normal_levels
+from gteopt.vectors.codes import BinaryCode, RaBitQ, ScalarCode
 from gteopt.vectors.faiss_index import to_faiss
-from gteopt.vectors.fit import fit
-from gteopt.vectors.search import search
+from gteopt.vectors.fit import fit_vector_transform
+from gteopt.vectors.search import search_vectors
 from gteopt.vectors.transform import VectorTransform
 from tests.support.vectors import like_texts
 
 
 def fitted(code: VectorCode, dims: Dims | None = None) -> VectorTransform:
     vectors = Vectors(code=code, bytes=16) if code == "pq" else Vectors(code=code, rescore=1)
-    return fit(like_texts(1, 400), dims, vectors)
+    return fit_vector_transform(like_texts(1, 400), dims, vectors)
 
 
 @pytest.mark.parametrize("dims", [6, 7])
 def test_int4_puts_the_first_dimension_into_the_lower_half_of_a_byte(dims: int) -> None:
-    code = Scalar(4, np.zeros(dims, np.float32), np.full(dims, 15, np.float32))
+    code = ScalarCode(4, np.zeros(dims, np.float32), np.full(dims, 15, np.float32))
     rows = np.array([[3, 10, 0, 15, 99, -7, 5][:dims]], np.float32)
     codes = code.encode(rows)
     assert codes.tolist()[0][:3] == [3 + 16 * 10, 0 + 16 * 15, 15 + 16 * 0]
@@ -37,12 +37,12 @@ def test_int4_puts_the_first_dimension_into_the_lower_half_of_a_byte(dims: int) 
 
 def test_centred_signs_are_those_of_the_distance_from_the_mean() -> None:
     x = like_texts(1, 400, mean_cosine=0.83)
-    transform = fit(x, None, Vectors(code="binary", centred=True))
+    transform = fit_vector_transform(x, None, Vectors(code="binary", centred=True))
     mean = x.astype("f8").mean(axis=0)
     bits = np.unpackbits(transform.quantize(x), axis=1)
     clear = np.abs(x - mean) > 1e-6
     np.testing.assert_array_equal(bits[clear], (x > mean)[clear])
-    assert isinstance(transform.coding, Binary)
+    assert isinstance(transform.coding, BinaryCode)
     decoded = transform.dequantize(transform.quantize(x))
     spread = np.abs(x - mean).mean(axis=0)
     np.testing.assert_allclose(np.abs(decoded - mean), np.tile(spread, (400, 1)), atol=1e-6)
@@ -68,7 +68,7 @@ def test_each_bit_of_rabitq_halves_the_error_at_least_nearly() -> None:
     x = like_texts(5, 300)
     errors = []
     for bits in range(1, 9):
-        transform = fit(x, None, Vectors(code="rabitq", bits=bits))
+        transform = fit_vector_transform(x, None, Vectors(code="rabitq", bits=bits))
         z = transform.project(x)
         codes = transform.quantize(z)
         assert codes.shape == (300, 64 * bits // 8 + 2)
@@ -88,9 +88,9 @@ def test_levels_have_the_distortions_that_were_published() -> None:
     """Max 1960, table I: 2, 4, 8 and 16 levels."""
     published = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
     for bits, error in published.items():
-        assert distortion(bits) == pytest.approx(error, rel=1e-3)
+        assert normal_distortion(bits) == pytest.approx(error, rel=1e-3)
     # Panter and Dite's limit for many levels: sqrt(3) pi / 2 / L^2.
-    assert distortion(8) == pytest.approx(np.sqrt(3) * np.pi / 2 / 256**2, rel=0.02)
+    assert normal_distortion(8) == pytest.approx(np.sqrt(3) * np.pi / 2 / 256**2, rel=0.02)
     assert normal_levels(1).tolist() == pytest.approx([-0.7979, 0.7979], abs=1e-4)
 
 
@@ -118,7 +118,7 @@ def test_a_codebook_uses_each_byte_and_no_dimension_twice(n_bytes: int) -> None:
 
 def test_few_texts_fit_a_codebook_that_unseen_ones_are_closer_to_than_to_k_means() -> None:
     x, unseen = like_texts(8, 300), like_texts(9, 500)
-    ours = fit(x, None, Vectors(code="pq", bytes=16))
+    ours = fit_vector_transform(x, None, Vectors(code="pq", bytes=16))
     z = ours.project(unseen)
     theirs = faiss.ProductQuantizer(64, 16, 8)
     theirs.cp.min_points_per_centroid = 1
@@ -160,7 +160,7 @@ def test_a_faiss_index_codes_as_we_do_and_finds_what_we_find(
     assert index.ntotal == 500
     scores, rows = index.search(queries, 5)
     asked = transform.project(queries)
-    our_rows, our_scores = search(transform, asked, codes, 5)
+    our_rows, our_scores = search_vectors(transform, asked, codes, 5)
     of_rows, _ = to_faiss(transform, codes).search(asked, 5)
     np.testing.assert_allclose(of_rows, scores, atol=1e-5)
     if code == "binary":  # whole numbers with many ties
@@ -179,10 +179,10 @@ def test_a_faiss_index_codes_as_we_do_and_finds_what_we_find(
 
 def test_centred_signs_are_those_of_a_faiss_index() -> None:
     x = like_texts(15, 300, mean_cosine=0.83)
-    transform = fit(x, None, Vectors(code="binary", centred=True, rescore=1))
+    transform = fit_vector_transform(x, None, Vectors(code="binary", centred=True, rescore=1))
     codes = transform.quantize(x)
     distances, _ = to_faiss(transform, codes).search(x[:20], 5)
-    _, ours = search(transform, x[:20], codes, 5)
+    _, ours = search_vectors(transform, x[:20], codes, 5)
     np.testing.assert_allclose(1 - 2 * distances / 64, ours, atol=1e-6)
 
 
@@ -202,7 +202,7 @@ def test_an_index_opens_where_gteopt_is_not_imported(tmp_path: Path) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
-    rows, _ = search(transform, transform.project(queries), codes, 4)
+    rows, _ = search_vectors(transform, transform.project(queries), codes, 4)
     assert ran.stdout.strip() == str(rows.tolist())
 
 

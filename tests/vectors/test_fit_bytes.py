@@ -7,17 +7,17 @@ import pytest
 
 from gteopt.config.recipe import Recipe, Vectors
 from gteopt.errors import InputError, NumericsError
-from gteopt.vectors.fit import fit
-from gteopt.vectors.search import search
-from gteopt.vectors.transform import Floats, VectorTransform, identity
+from gteopt.vectors.fit import fit_vector_transform
+from gteopt.vectors.search import search_vectors
+from gteopt.vectors.transform import Floats, VectorTransform, identity_transform
 from tests.support.vectors import like_texts
 
 
 def neighbours_kept(transform: VectorTransform, queries: Floats, documents: Floats) -> float:
     """Share of the 10 nearest in float32 that are among the 10 nearest by codes."""
     codes = transform.quantize(transform.project(documents))
-    rows, _ = search(transform, transform.project(queries), codes, 10)
-    wanted, _ = search(identity(documents.shape[1]), queries, documents, 10)
+    rows, _ = search_vectors(transform, transform.project(queries), codes, 10)
+    wanted, _ = search_vectors(identity_transform(documents.shape[1]), queries, documents, 10)
     pairs = zip(rows, wanted, strict=True)
     return float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in pairs]))
 
@@ -27,12 +27,15 @@ def test_what_is_chosen_for_bytes_is_best_on_texts_that_nobody_saw(mean_cosine: 
     """Also in a narrow cone, where signs that are not centred hold little information."""
     x = like_texts(1, 600, mean_cosine=mean_cosine)
     queries, documents = (like_texts(s, n, mean_cosine=mean_cosine) for s, n in ((2, 60), (3, 900)))
-    transform = fit(x, None, Vectors(bytes=8))
+    transform = fit_vector_transform(x, None, Vectors(bytes=8))
     codes = transform.quantize(transform.project(documents))
     assert codes.nbytes == 8 * len(documents)
     chosen = neighbours_kept(transform, queries, documents)
     for plain in (Vectors(code="binary"), Vectors(code="binary", centred=True)):
-        assert chosen > neighbours_kept(fit(x, None, plain), queries, documents) + 0.05
+        assert (
+            chosen
+            > neighbours_kept(fit_vector_transform(x, None, plain), queries, documents) + 0.05
+        )
     kept = [trial.neighbours_kept for trial in transform.trials]
     assert kept == sorted(kept, reverse=True)
     assert max(trial.bytes_per_vector for trial in transform.trials) <= 8
@@ -49,7 +52,9 @@ def test_centring_is_what_signs_need_in_a_narrow_cone() -> None:
     x, documents = like_texts(1, 600, mean_cosine=0.83), like_texts(3, 900, mean_cosine=0.83)
     queries = like_texts(2, 60, mean_cosine=0.83)
     plain, centred = (
-        neighbours_kept(fit(x, None, Vectors(code="binary", centred=c)), queries, documents)
+        neighbours_kept(
+            fit_vector_transform(x, None, Vectors(code="binary", centred=c)), queries, documents
+        )
         for c in (False, True)
     )
     assert centred > plain + 0.03
@@ -58,7 +63,7 @@ def test_centring_is_what_signs_need_in_a_narrow_cone() -> None:
 @pytest.mark.parametrize("n_bytes", [4, 16, 64])
 def test_a_choice_by_bytes_comes_back_exactly_from_its_record_and_tensors(n_bytes: int) -> None:
     x = like_texts(4, 300)
-    transform = fit(x, None, Vectors(bytes=n_bytes))
+    transform = fit_vector_transform(x, None, Vectors(bytes=n_bytes))
     again = VectorTransform.from_tensors(transform.record(), 64, transform.to_tensors())
     assert again.record() == transform.record()
     assert again.sha256() == transform.sha256()
@@ -67,7 +72,7 @@ def test_a_choice_by_bytes_comes_back_exactly_from_its_record_and_tensors(n_byte
 
 
 def test_rows_of_a_dot_product_keep_the_length_that_shortening_leaves() -> None:
-    transform = fit(like_texts(4, 300), None, Vectors(code="pq", bytes=8))
+    transform = fit_vector_transform(like_texts(4, 300), None, Vectors(code="pq", bytes=8))
     assert transform.similarity == "dot"
     lengths = np.linalg.norm(transform.project(like_texts(5, 50)), axis=1)
     assert ((lengths > 0.3) & (lengths <= 1 + 1e-6)).all()
@@ -77,17 +82,17 @@ def test_rows_of_a_dot_product_keep_the_length_that_shortening_leaves() -> None:
 def test_a_model_whose_vectors_keep_their_length_is_judged_by_dot_products() -> None:
     lengths = np.random.default_rng(0).uniform(0.5, 2, size=(400, 1)).astype(np.float32)
     x = like_texts(5, 400) * lengths
-    transform = fit(x, None, Vectors(bytes=16), similarity="dot")
+    transform = fit_vector_transform(x, None, Vectors(bytes=16), similarity="dot")
     assert {trial.similarity for trial in transform.trials} == {"dot"}
     codes = transform.quantize(transform.project(x))
-    rows, _ = search(transform, transform.project(x[:50]), codes, 10)
+    rows, _ = search_vectors(transform, transform.project(x[:50]), codes, 10)
     wanted = np.argsort(-(x[:50] @ x.T), axis=1, kind="stable")[:, :10]
     pairs = zip(rows, wanted, strict=True)
     assert np.mean([len(np.intersect1d(a, b)) / 10 for a, b in pairs]) > 0.6
 
 
 def test_all_bytes_of_float32_are_the_vectors_themselves() -> None:
-    transform = fit(like_texts(6, 10), None, Vectors(bytes=256))
+    transform = fit_vector_transform(like_texts(6, 10), None, Vectors(bytes=256))
     assert (transform.code, transform.dims) == ("float32", 64)
 
 
@@ -103,23 +108,23 @@ def test_bytes_that_no_code_has_are_refused_with_the_nearest(
     n_texts: int, n_bytes: int, expected: str
 ) -> None:
     with pytest.raises(InputError, match=expected):
-        fit(like_texts(7, n_texts), None, Vectors(bytes=n_bytes))
+        fit_vector_transform(like_texts(7, n_texts), None, Vectors(bytes=n_bytes))
 
 
 def test_texts_that_are_all_alike_and_nan_are_refused() -> None:
     alike = np.tile(like_texts(8, 1), (300, 1))
     with pytest.raises(InputError, match="300 calibration texts are too few or too much alike"):
-        fit(alike, None, Vectors(code="pq", bytes=8))
+        fit_vector_transform(alike, None, Vectors(code="pq", bytes=8))
     broken = like_texts(8, 300)
     broken[3, 3] = np.nan
     with pytest.raises(NumericsError, match="1 of 300 calibration vectors hold NaN"):
-        fit(broken, None, Vectors(bytes=8))
+        fit_vector_transform(broken, None, Vectors(bytes=8))
 
 
 def test_dimensions_that_are_constant_get_no_bits() -> None:
     x = like_texts(9, 300)
     x[:, 20:] = 0.1
-    transform = fit(x, None, Vectors(code="pq", bytes=8))
+    transform = fit_vector_transform(x, None, Vectors(code="pq", bytes=8))
     # One direction holds the common part of all rows, and 20 others vary.
     assert transform.dims <= 21
 

@@ -18,10 +18,9 @@ from gteopt.errors import GteoptError, InputError, IntegrityError, NumericsError
 from gteopt.evaluation.corpus_search import _by_torch
 from gteopt.vectors import fit as fit_module
 from gteopt.vectors import search as search_module
-from gteopt.vectors.fit import fit
-from gteopt.vectors.search import Products, Search, on_cpu
-from gteopt.vectors.search import search as nearest
-from gteopt.vectors.transform import VectorTransform, identity
+from gteopt.vectors.fit import fit_vector_transform
+from gteopt.vectors.search import BlockwiseSearch, DotProducts, numpy_products, search_vectors
+from gteopt.vectors.transform import VectorTransform, identity_transform
 
 Array = npt.NDArray[Any]
 CODES: list[VectorCode] = ["float32", "int8", "int4", "binary", "rabitq"]
@@ -51,26 +50,26 @@ def recall(retrieved: Array, truth: Array) -> float:
 
 def test_slicing_keeps_the_first_dimensions_as_unit_rows() -> None:
     x = clustered(1, 20)
-    transform = fit(x, Dims(n=24), Vectors())
+    transform = fit_vector_transform(x, Dims(n=24), Vectors())
     np.testing.assert_allclose(transform.project(x), unit(x[:, :24]), atol=1e-7)
     assert transform.record().method == "slice"
 
 
 def test_identity_returns_unit_rows_unchanged() -> None:
     x = clustered(2, 20)
-    np.testing.assert_allclose(identity(64).project(x), x, atol=1e-7)
+    np.testing.assert_allclose(identity_transform(64).project(x), x, atol=1e-7)
 
 
 def test_a_row_that_the_slice_makes_zero_stays_zero() -> None:
     x = np.zeros((1, 8), dtype=np.float32)
     x[0, 7] = 1
-    assert not fit(x, Dims(n=4), Vectors()).project(x).any()
+    assert not fit_vector_transform(x, Dims(n=4), Vectors()).project(x).any()
 
 
 def test_pca_of_low_rank_vectors_keeps_every_cosine() -> None:
     rng = np.random.default_rng(3)
     x = unit(rng.normal(size=(200, 6)) @ rng.normal(size=(6, 64)))
-    transform = fit(x, Dims(n=6, method="pca"), Vectors())
+    transform = fit_vector_transform(x, Dims(n=6, method="pca"), Vectors())
     z = transform.project(x)
     assert transform.projection is not None
     np.testing.assert_allclose(z @ z.T, x @ x.T, atol=1e-5)
@@ -80,7 +79,7 @@ def test_pca_of_low_rank_vectors_keeps_every_cosine() -> None:
 
 def test_pca_rows_are_orthonormal_and_span_scikit_learns_subspace() -> None:
     x = clustered(4, 500)
-    transform = fit(x, Dims(n=10, method="pca"), Vectors())
+    transform = fit_vector_transform(x, Dims(n=10, method="pca"), Vectors())
     ours = transform.projection
     assert ours is not None
     np.testing.assert_allclose(ours @ ours.T, np.eye(10), atol=1e-5)
@@ -107,7 +106,7 @@ def test_auto_takes_what_keeps_more_neighbours_of_texts_it_was_not_fitted_on(
     turned = rng.normal(size=(400, 12)) @ np.linalg.qr(rng.normal(size=(64, 64)))[0][:12]
     stored = Vectors(code=code, rescore=1)
     for x, dims, k in ((unit(turned), 12, 1), (clustered(6, 820), 20, 2)):
-        transform = fit(x, Dims(n=dims, method="auto"), stored)
+        transform = fit_vector_transform(x, Dims(n=dims, method="auto"), stored)
         kept = transform.record().neighbours_kept
         assert kept is not None
         if dims == 12 and code == "float32":  # few directions, not along the axes
@@ -118,9 +117,11 @@ def test_auto_takes_what_keeps_more_neighbours_of_texts_it_was_not_fitted_on(
             shares = []
             for fold in range(4):
                 held_out, others = x[fold::4], np.delete(x, np.s_[fold::4], axis=0)
-                wanted = nearest_by_codes(identity(64), held_out, k)
+                wanted = nearest_by_codes(identity_transform(64), held_out, k)
                 few = Dims.model_validate({"n": dims, "method": method})
-                plain = fit(others, few, Vectors() if code == "binary" else stored)  # not rotated
+                plain = fit_vector_transform(
+                    others, few, Vectors() if code == "binary" else stored
+                )  # not rotated
                 neighbours = nearest_by_codes(replace(plain, code=code), held_out, k)
                 shares.append(recall(neighbours, wanted))
             assert kept[method] == pytest.approx(np.mean(shares), abs=6e-3)
@@ -131,7 +132,7 @@ def test_auto_takes_what_keeps_more_neighbours_of_texts_it_was_not_fitted_on(
 def test_a_pca_for_bits_is_turned_where_that_keeps_more_and_only_there() -> None:
     dims, stored = Dims(n=24, method="pca"), Vectors(code="binary")
     x, fresh = clustered(8, 800), clustered(9, 400)
-    plain, turned = fit(x, dims, Vectors()), fit(x, dims, stored)
+    plain, turned = fit_vector_transform(x, dims, Vectors()), fit_vector_transform(x, dims, stored)
     kept = turned.record().neighbours_kept
     assert kept is not None
     assert turned.rotated
@@ -142,10 +143,10 @@ def test_a_pca_for_bits_is_turned_where_that_keeps_more_and_only_there() -> None
     projection = turned.projection
     assert projection is not None
     np.testing.assert_allclose(projection @ projection.T, np.eye(24), atol=1e-5)
-    wanted = nearest_by_codes(identity(64), fresh, 4)
+    wanted = nearest_by_codes(identity_transform(64), fresh, 4)
     without = recall(nearest_by_codes(replace(plain, code="binary"), fresh, 4), wanted)
     assert recall(nearest_by_codes(turned, fresh, 4), wanted) > without + 0.02
-    few = fit(x[:196], dims, stored)  # 49 held out: too few to choose by
+    few = fit_vector_transform(x[:196], dims, stored)  # 49 held out: too few to choose by
     assert (few.rotated, few.neighbours_kept) == (False, None)
 
 
@@ -161,7 +162,9 @@ def test_a_square_that_was_turned_is_turned_back_until_its_signs_say_all(seed: i
 def test_each_step_of_the_rotation_brings_vectors_closer_to_their_signs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    z = fit(clustered(12, 500), Dims(n=24, method="pca"), Vectors()).project(clustered(12, 500))
+    z = fit_vector_transform(clustered(12, 500), Dims(n=24, method="pca"), Vectors()).project(
+        clustered(12, 500)
+    )
     away = []
     for steps in range(8):
         monkeypatch.setattr(fit_module, "_ROTATION_STEPS", steps)
@@ -175,20 +178,20 @@ def test_each_step_of_the_rotation_brings_vectors_closer_to_their_signs(
 
 def test_auto_needs_texts_to_choose_by_and_does_without_a_pca_that_they_cannot_give() -> None:
     with pytest.raises(InputError, match="at least 200 calibration texts to choose by, found 60"):
-        fit(clustered(3, 60), Dims(n=8, method="auto"), Vectors())
-    few = fit(clustered(3, 210, 192), Dims(n=180, method="auto"), Vectors())
+        fit_vector_transform(clustered(3, 60), Dims(n=8, method="auto"), Vectors())
+    few = fit_vector_transform(clustered(3, 210, 192), Dims(n=180, method="auto"), Vectors())
     assert (few.method, few.record().neighbours_kept) == ("slice", None)
 
 
 def test_full_pca_changes_no_cosine() -> None:
     x, other = clustered(5, 100), clustered(6, 30)
-    z = fit(x, Dims(n=64, method="pca"), Vectors()).project(other)
+    z = fit_vector_transform(x, Dims(n=64, method="pca"), Vectors()).project(other)
     np.testing.assert_allclose(z @ z.T, other @ other.T, atol=1e-5)
 
 
 def test_projecting_a_row_does_not_depend_on_its_batch() -> None:
     x = clustered(7, 300)
-    transform = fit(x, Dims(n=16, method="pca"), Vectors())
+    transform = fit_vector_transform(x, Dims(n=16, method="pca"), Vectors())
     alone = np.concatenate([transform.project(row[None]) for row in x])
     np.testing.assert_array_equal(transform.project(x), alone)
 
@@ -206,22 +209,22 @@ def test_what_the_calibration_vectors_do_not_allow_is_refused_with_numbers(
     n_vectors: int, dims: Dims | None, vectors: Vectors, expected: str
 ) -> None:
     with pytest.raises(InputError, match=expected):
-        fit(clustered(8, n_vectors), dims, vectors)
+        fit_vector_transform(clustered(8, n_vectors), dims, vectors)
 
 
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_nan_and_infinity_are_refused_everywhere(code: VectorCode, bad: float) -> None:
     x = clustered(9, 50)
-    transform = fit(x, None, Vectors(code=code))
+    transform = fit_vector_transform(x, None, Vectors(code=code))
     stored = transform.quantize(x)
     broken = x.copy()
     broken[3, 5] = bad
     for act in (
-        lambda: fit(broken, None, Vectors(code=code)),
+        lambda: fit_vector_transform(broken, None, Vectors(code=code)),
         lambda: transform.project(broken),
         lambda: transform.quantize(broken),
-        lambda: nearest(transform, broken, stored, 3),
+        lambda: search_vectors(transform, broken, stored, 3),
     ):
         with pytest.raises(NumericsError, match=r"1 of 50 .* hold NaN or infinity"):
             act()
@@ -229,7 +232,7 @@ def test_nan_and_infinity_are_refused_everywhere(code: VectorCode, bad: float) -
 
 def test_int8_values_out_of_range_saturate_where_a_bare_cast_flips_their_sign() -> None:
     x = clustered(10, 200)
-    transform = fit(x, None, Vectors(code="int8"))
+    transform = fit_vector_transform(x, None, Vectors(code="int8"))
     assert transform.low is not None
     assert transform.high is not None
     step = (transform.high - transform.low) / 255
@@ -244,7 +247,7 @@ def test_int8_values_out_of_range_saturate_where_a_bare_cast_flips_their_sign() 
 
 def test_int8_error_is_at_most_half_a_step_inside_the_range() -> None:
     x = clustered(11, 500)
-    transform = fit(x, None, Vectors(code="int8"))
+    transform = fit_vector_transform(x, None, Vectors(code="int8"))
     assert transform.low is not None
     assert transform.high is not None
     inside = (x >= transform.low) & (x <= transform.high)
@@ -256,7 +259,7 @@ def test_int8_error_is_at_most_half_a_step_inside_the_range() -> None:
 def test_a_dimension_constant_in_calibration_is_coded_as_that_constant() -> None:
     x = clustered(12, 50)
     x[:, 7] = 0.25
-    transform = fit(unit(x), Dims(n=8), Vectors(code="int8"))
+    transform = fit_vector_transform(unit(x), Dims(n=8), Vectors(code="int8"))
     constant = VectorTransform(
         full_dims=2,
         dims=2,
@@ -271,7 +274,7 @@ def test_a_dimension_constant_in_calibration_is_coded_as_that_constant() -> None
 
 @pytest.mark.parametrize("code", CODES)
 def test_a_vector_gets_the_same_code_in_every_batch(code: VectorCode) -> None:
-    transform = fit(clustered(13, 100), None, Vectors(code=code))
+    transform = fit_vector_transform(clustered(13, 100), None, Vectors(code=code))
     x, scaled = clustered(14, 40), 3 * clustered(15, 7)
     together = transform.quantize(np.concatenate([scaled, x]))[7:]
     np.testing.assert_array_equal(together, transform.quantize(x))
@@ -279,7 +282,7 @@ def test_a_vector_gets_the_same_code_in_every_batch(code: VectorCode) -> None:
 
 
 def test_binary_packs_signs_first_dimension_highest() -> None:
-    transform = fit(clustered(16, 20, dims=10), None, Vectors(code="binary"))
+    transform = fit_vector_transform(clustered(16, 20, dims=10), None, Vectors(code="binary"))
     z = [[1, -1, 0, 1, -1, -1, -1, 1, -1, 1]]
     assert transform.quantize(z).tolist() == [[0b10010001, 0b01000000]]
     root = 1 / np.sqrt(10)
@@ -290,8 +293,8 @@ def test_binary_packs_signs_first_dimension_highest() -> None:
 @pytest.mark.parametrize("dims", [64, 52])
 def test_binary_scores_equal_a_count_of_differing_bits(dims: int) -> None:
     x, queries = clustered(17, 60, dims), clustered(18, 5, dims)
-    transform = fit(x, None, Vectors(code="binary", rescore=1))
-    indices, scores = nearest(transform, queries, transform.quantize(x), 60)
+    transform = fit_vector_transform(x, None, Vectors(code="binary", rescore=1))
+    indices, scores = search_vectors(transform, queries, transform.quantize(x), 60)
     for query, documents, values in zip(queries, indices, scores, strict=True):
         for document, value in zip(documents, values, strict=True):
             differing = sum((a > 0) != (b > 0) for a, b in zip(query, x[document], strict=True))
@@ -300,7 +303,7 @@ def test_binary_scores_equal_a_count_of_differing_bits(dims: int) -> None:
 
 def test_float_search_equals_a_full_sort() -> None:
     documents, queries = clustered(19, 700), clustered(20, 30)
-    indices, scores = nearest(identity(64), queries, documents, 10)
+    indices, scores = search_vectors(identity_transform(64), queries, documents, 10)
     exact = queries.astype(np.float64) @ documents.astype(np.float64).T
     np.testing.assert_array_equal(indices, np.argsort(-exact, axis=1, kind="stable")[:, :10])
     np.testing.assert_allclose(scores, np.take_along_axis(exact, indices, axis=1), atol=1e-6)
@@ -318,17 +321,17 @@ def near_ties(n: int, dims: int) -> Array:
 
 @pytest.mark.parametrize("code", ["float32", "int8"])
 @pytest.mark.parametrize("dims", [48, 1024])
-@pytest.mark.parametrize("products", [on_cpu, _by_torch(torch.device("cpu"))])
+@pytest.mark.parametrize("products", [numpy_products, _by_torch(torch.device("cpu"))])
 def test_a_search_ranks_as_float64_does_to_the_last_tie(
-    code: VectorCode, dims: int, products: Products
+    code: VectorCode, dims: int, products: DotProducts
 ) -> None:
     ties = near_ties(2000, dims)
     # Ties among other vectors need few float64 sums, ties alone need nearly all.
     for documents in (np.concatenate([clustered(53, 4000, dims), ties]), ties):
         queries = np.concatenate([clustered(54, 20, dims), documents[::100]])
-        transform = fit(documents[::7], None, Vectors(code=code, rescore=1))
+        transform = fit_vector_transform(documents[::7], None, Vectors(code=code, rescore=1))
         stored = transform.quantize(documents)
-        search = Search(transform, queries, 10, products)
+        search = BlockwiseSearch(transform, queries, 10, products)
         for piece in np.split(stored, [1000, 1500]):
             search.add(piece)
         coded = transform.dequantize(transform.quantize(queries)).astype(np.float64)
@@ -350,7 +353,7 @@ def test_products_that_find_no_room_on_a_device_are_those_of_the_cpu(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch, "from_numpy", full)
-    np.testing.assert_array_equal(product(queries), on_cpu(documents)(queries))
+    np.testing.assert_array_equal(product(queries), numpy_products(documents)(queries))
 
 
 def test_no_float32_product_within_the_bound_can_hide_a_best_one() -> None:
@@ -366,7 +369,7 @@ def test_no_float32_product_within_the_bound_can_hide_a_best_one() -> None:
 
         return product
 
-    search = Search(identity(64), queries, 5, worst)
+    search = BlockwiseSearch(identity_transform(64), queries, 5, worst)
     for piece in np.split(documents, [1400]):
         search.add(piece)
     indices, _ = search.nearest()
@@ -376,9 +379,9 @@ def test_no_float32_product_within_the_bound_can_hide_a_best_one() -> None:
 
 def test_int8_search_loses_no_more_than_its_coding_error() -> None:
     documents, queries = clustered(21, 2000), clustered(22, 50)
-    transform = fit(clustered(23, 300), None, Vectors(code="int8"))
+    transform = fit_vector_transform(clustered(23, 300), None, Vectors(code="int8"))
     stored = transform.quantize(documents)
-    indices, _ = nearest(transform, queries, stored, 10)
+    indices, _ = search_vectors(transform, queries, stored, 10)
     truth = true_top(queries, documents, 10)
     # |q.d' - q.d| <= |d' - d| for unit q: once for a hit, once for the document it displaces.
     error = np.linalg.norm(transform.dequantize(stored) - documents, axis=1).max()
@@ -393,14 +396,16 @@ def test_int8_search_loses_no_more_than_its_coding_error() -> None:
 @pytest.mark.parametrize(("code", "least_gain"), [("int8", 0.0), ("binary", 0.05)])
 def test_rescoring_does_not_lower_recall_at_10(code: VectorCode, least_gain: float) -> None:
     transforms = [
-        fit(clustered(40, 300), None, Vectors(code=code, rescore=rescore)) for rescore in (1, 4)
+        fit_vector_transform(clustered(40, 300), None, Vectors(code=code, rescore=rescore))
+        for rescore in (1, 4)
     ]
     gains = []
     for seed in range(100, 108):
         documents, queries = clustered(seed, 2000), clustered(seed + 50, 50)
         truth = true_top(queries, documents, 10)
         plain, rescored = (
-            recall(nearest(t, queries, t.quantize(documents), 10)[0], truth) for t in transforms
+            recall(search_vectors(t, queries, t.quantize(documents), 10)[0], truth)
+            for t in transforms
         )
         gains.append(rescored - plain)
     assert np.mean(gains) >= least_gain
@@ -408,9 +413,9 @@ def test_rescoring_does_not_lower_recall_at_10(code: VectorCode, least_gain: flo
 
 def test_rescored_scores_are_float_query_times_decoded_document() -> None:
     documents, queries = clustered(27, 300), clustered(28, 8)
-    transform = fit(documents, None, Vectors(code="binary", rescore=4))
+    transform = fit_vector_transform(documents, None, Vectors(code="binary", rescore=4))
     stored = transform.quantize(documents)
-    indices, scores = nearest(transform, queries, stored, 10)
+    indices, scores = search_vectors(transform, queries, stored, 10)
     decoded = transform.dequantize(stored)
     for query, row, values in zip(queries, indices, scores, strict=True):
         np.testing.assert_allclose(values, decoded[row] @ query, atol=1e-6)
@@ -424,8 +429,8 @@ def test_equal_documents_come_in_order_of_their_index(
 ) -> None:
     monkeypatch.setattr(search_module, "_BLOCK_VECTORS", 7)
     documents = np.repeat(clustered(29, 4), 25, axis=0)
-    transform = fit(clustered(30, 50), None, Vectors(code=code, rescore=rescore))
-    indices, scores = nearest(transform, clustered(31, 6), transform.quantize(documents), 60)
+    transform = fit_vector_transform(clustered(30, 50), None, Vectors(code=code, rescore=rescore))
+    indices, scores = search_vectors(transform, clustered(31, 6), transform.quantize(documents), 60)
     for row, values in zip(indices, scores, strict=True):
         tied = np.diff(values) == 0
         assert tied.sum() >= 50
@@ -438,18 +443,18 @@ def test_blocks_do_not_change_the_answer(
     code: VectorCode, rescore: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents, queries = clustered(32, 500), clustered(33, 23)
-    transform = fit(documents, None, Vectors(code=code, rescore=rescore))
+    transform = fit_vector_transform(documents, None, Vectors(code=code, rescore=rescore))
     stored = transform.quantize(documents)
-    whole = nearest(transform, queries, stored, 12)
+    whole = search_vectors(transform, queries, stored, 12)
     monkeypatch.setattr(search_module, "_BLOCK_VECTORS", 37)
     monkeypatch.setattr(search_module, "_BLOCK_SCORES", 37 * 5)
-    blocked = nearest(transform, queries, stored, 12)
+    blocked = search_vectors(transform, queries, stored, 12)
     np.testing.assert_array_equal(whole[0], blocked[0])
     np.testing.assert_array_equal(whole[1], blocked[1])
 
 
 def in_two_stages(transform: VectorTransform, query: Array, codes: Array, k: int) -> Array:
-    """`search` of one query without blocks: candidates by codes, ranked by the float query."""
+    """One query without blocks: candidates by codes, ranked by the float query."""
     stored = transform.dequantize(codes).astype(np.float64)
     coded = transform.dequantize(transform.quantize(query[None]))[0].astype(np.float64)
     by_code = (stored @ coded).astype(np.float32)
@@ -467,12 +472,12 @@ def test_a_corpus_that_comes_in_pieces_is_searched_as_one(
     """Every document occurs twice, so ties lie in different pieces."""
     # With 48 dimensions, scores that are not rounded alike would break ties: 2 / 48 is no float32.
     documents, queries = np.tile(clustered(45, 200, 48), (2, 1)), clustered(46, 9, 48)
-    transform = fit(documents, None, Vectors(code=code, rescore=4))
+    transform = fit_vector_transform(documents, None, Vectors(code=code, rescore=4))
     stored = transform.quantize(documents)
-    search = Search(transform, queries, 12)
+    search = BlockwiseSearch(transform, queries, 12)
     for piece in np.split(stored, cuts):
         search.add(piece)
-    whole, in_pieces = nearest(transform, queries, stored, 12), search.nearest()
+    whole, in_pieces = search_vectors(transform, queries, stored, 12), search.nearest()
     np.testing.assert_array_equal(in_pieces[0], whole[0])
     np.testing.assert_array_equal(in_pieces[1], whole[1])
     if code != "float32":
@@ -483,12 +488,12 @@ def test_a_corpus_that_comes_in_pieces_is_searched_as_one(
 @pytest.mark.parametrize("code", CODES)
 def test_candidates_scored_pair_by_pair_rank_as_a_search_among_them(code: VectorCode) -> None:
     documents, queries = clustered(47, 120), clustered(48, 6)
-    transform = fit(documents, None, Vectors(code=code, rescore=3))
+    transform = fit_vector_transform(documents, None, Vectors(code=code, rescore=3))
     stored = transform.quantize(documents)
     for query, candidates in zip(queries, np.split(np.repeat(stored, 2, axis=0), 6), strict=True):
         by_code, rescored = transform.score_pairs(np.tile(query, (len(candidates), 1)), candidates)
         best = transform.best_of(by_code, rescored, 10)
-        indices, scores = nearest(transform, query[None], candidates, 10)
+        indices, scores = search_vectors(transform, query[None], candidates, 10)
         np.testing.assert_array_equal(best, indices[0])
         np.testing.assert_array_equal(rescored[best], scores[0])
 
@@ -497,7 +502,7 @@ def test_the_memory_of_a_search_does_not_grow_with_the_corpus() -> None:
     block, queries = clustered(49, 4096), clustered(50, 8)
 
     def peak(n_blocks: int) -> int:
-        search = Search(identity(64), queries, 10)
+        search = BlockwiseSearch(identity_transform(64), queries, 10)
         search.add(block)
         tracemalloc.start()
         for _ in range(n_blocks):
@@ -512,23 +517,23 @@ def test_the_memory_of_a_search_does_not_grow_with_the_corpus() -> None:
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("n_documents", [0, 1, 5])
 def test_k_beyond_the_corpus_returns_all_of_it(code: VectorCode, n_documents: int) -> None:
-    transform = fit(clustered(34, 50), None, Vectors(code=code))
+    transform = fit_vector_transform(clustered(34, 50), None, Vectors(code=code))
     stored = transform.quantize(clustered(35, n_documents))
-    indices, scores = nearest(transform, clustered(36, 3), stored, 10)
+    indices, scores = search_vectors(transform, clustered(36, 3), stored, 10)
     assert indices.shape == scores.shape == (3, n_documents)
     assert (np.sort(indices, axis=1) == np.arange(n_documents)).all()
 
 
 def test_search_without_queries_returns_nothing() -> None:
     documents = clustered(37, 20)
-    assert nearest(identity(64), documents[:0], documents, 5)[0].shape == (0, 5)
+    assert search_vectors(identity_transform(64), documents[:0], documents, 5)[0].shape == (0, 5)
 
 
 @pytest.mark.parametrize("dims", [Dims(n=20), Dims(n=20, method="pca"), None])
 @pytest.mark.parametrize("code", CODES)
 def test_bytes_per_vector_is_what_codes_take(code: VectorCode, dims: Dims | None) -> None:
     x = clustered(38, 50)
-    transform = fit(x, dims, Vectors(code=code))
+    transform = fit_vector_transform(x, dims, Vectors(code=code))
     codes = transform.quantize(transform.project(x))
     assert transform.bytes_per_vector == codes.nbytes / 50 == transform.record().bytes_per_vector
 
@@ -537,7 +542,7 @@ def test_bytes_per_vector_is_what_codes_take(code: VectorCode, dims: Dims | None
 @pytest.mark.parametrize("code", CODES)
 def test_a_stored_transform_comes_back_exactly(code: VectorCode, dims: Dims | None) -> None:
     x = clustered(39, 50)
-    transform = fit(x, dims, Vectors(code=code, rescore=3))
+    transform = fit_vector_transform(x, dims, Vectors(code=code, rescore=3))
     back = VectorTransform.from_tensors(transform.record(), 64, transform.to_tensors())
     assert back.record() == transform.record()
     assert back.to_tensors().keys() == transform.to_tensors().keys()
@@ -547,7 +552,9 @@ def test_a_stored_transform_comes_back_exactly(code: VectorCode, dims: Dims | No
 
 
 def test_damaged_tensors_are_refused_all_at_once() -> None:
-    transform = fit(clustered(41, 50), Dims(n=20, method="pca"), Vectors(code="int8"))
+    transform = fit_vector_transform(
+        clustered(41, 50), Dims(n=20, method="pca"), Vectors(code="int8")
+    )
     tensors: dict[str, Array] = dict(transform.to_tensors())
     tensors["projection"] = tensors["projection"].T
     tensors["high"] = tensors["high"].astype(np.float64)
@@ -574,11 +581,11 @@ def test_stored_float_vectors_with_nan_are_refused() -> None:
     documents = clustered(43, 20)
     documents[4, 4] = np.nan
     with pytest.raises(NumericsError, match="1 of 20 stored vectors hold NaN"):
-        nearest(identity(64), clustered(44, 2), documents, 3)
+        search_vectors(identity_transform(64), clustered(44, 2), documents, 3)
 
 
 def test_a_record_at_odds_with_itself_is_refused() -> None:
-    record = identity(64).record()
+    record = identity_transform(64).record()
     with pytest.raises(IntegrityError, match="64 dimensions do not fit the model's 32"):
         VectorTransform.from_tensors(record, 32, {})
     with pytest.raises(IntegrityError, match=r"its record says 7 bytes a vector, but .* take 256"):
@@ -586,14 +593,14 @@ def test_a_record_at_odds_with_itself_is_refused() -> None:
 
 
 def test_wrong_shapes_are_refused_with_both_shapes() -> None:
-    transform = fit(clustered(42, 50), Dims(n=20), Vectors(code="int8"))
+    transform = fit_vector_transform(clustered(42, 50), Dims(n=20), Vectors(code="int8"))
     z = transform.project(clustered(42, 50))
     stored = transform.quantize(z)
     cases: list[tuple[type[GteoptError], str, Any]] = [
         (InputError, r"\[50, 20\], must be \[N, 64\]", lambda: transform.project(z)),
         (InputError, r"\[64\], must be \[N, 20\]", lambda: transform.quantize(np.zeros(64))),
         (InputError, r"float32 \[50, 20\]; int8 vectors", lambda: transform.dequantize(z)),
-        (InputError, "k is 0", lambda: nearest(transform, z, stored, 0)),
+        (InputError, "k is 0", lambda: search_vectors(transform, z, stored, 0)),
     ]
     for kind, expected, act in cases:
         with pytest.raises(kind, match=expected):
@@ -604,10 +611,10 @@ def test_the_search_of_bits_is_the_stable_order_of_hamming_distances() -> None:
     """3000 codes of 12 bits are nearly all ties, and they fill more than one block."""
     rng = np.random.default_rng(3)
     vectors = rng.standard_normal((3000, 12)).astype(np.float32)
-    transform = fit(vectors, None, Vectors(code="binary", rescore=1))
+    transform = fit_vector_transform(vectors, None, Vectors(code="binary", rescore=1))
     codes = transform.quantize(vectors)
     queries = vectors[::100]
-    indices, scores = nearest(transform, queries, codes, 50)
+    indices, scores = search_vectors(transform, queries, codes, 50)
     for row, values, query in zip(indices, scores, transform.quantize(queries), strict=True):
         distances = np.unpackbits(query ^ codes, axis=1).sum(axis=1)
         expected = np.argsort(distances, kind="stable")[:50]
