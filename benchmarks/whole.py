@@ -87,7 +87,8 @@ say(what="sealed", weight_bytes=manifest.weight_bytes, n_tokens=manifest.calibra
 """
 
 _LOAD = """
-folder, text = sys.argv[1:]
+folder, file = sys.argv[1:]
+text = " ".join(Path(file).read_text().splitlines())
 say(what="imports")
 encoder = gteopt.load(folder, backend="torch")
 say(what="loaded")
@@ -156,7 +157,7 @@ def main() -> None:
     while not (out / "gteopt.json").is_file():
         was_killed = any("killed" in life for life in results["lives"])
         _build(results, arguments.out, (base, out, recipe), None if was_killed else kill)
-    results["loaded"] = _lines(_LOAD, str(out), texts.read_text().replace("\n", " "))
+    results["loaded"] = _lines(_LOAD, str(out), str(texts))
     _compare(results, out)
     _keep(results, arguments.out)
 
@@ -192,6 +193,9 @@ def _build(
         event = json.loads(line)
         life["events"].append(event)
         print(line, end="", flush=True)
+        # A block of an earlier life is read and not made again; a sealed artifact has no such files
+        if files := _finished(out):
+            life["blocks_kept"] = sum(files.get(name) == at for name, at in finished.items())
         _keep(results, kept)
         if kill and event["what"].startswith("quantizing") and event["done"] == kill[0]:
             time.sleep(kill[1])
@@ -199,8 +203,6 @@ def _build(
             life["killed"] = True
             break
     life["returncode"] = child.wait()
-    # A block of an earlier life is read and not made again.
-    life["blocks_kept"] = sum(_finished(out).get(name) == at for name, at in finished.items())
     _keep(results, kept)
     if life["returncode"] and "killed" not in life:
         raise SystemExit(f"the build ended with {life['returncode']}")
