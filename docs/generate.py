@@ -560,11 +560,7 @@ def whole() -> str:
             f"{results['sizes']['weight_files_bytes'] / 1e9:.3f} GB",
             f"{predicted['weight_bytes'] / 1e9:.3f} GB",
         ),
-        (
-            "blocks kept after the kill",
-            f"{n_kept} of {results['lives'][-1]['blocks_found']}",
-            "all",
-        ),
+        ("blocks kept after the kill", f"{n_kept} of {n_found}", "all"),
         ("load of the artifact", f"{loaded['wall_s'] - results['loaded'][0]['wall_s']:.1f} s", "–"),
         (
             f"first text, {encoded['n_tokens']} tokens",
