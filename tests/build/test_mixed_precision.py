@@ -237,7 +237,7 @@ def test_a_deep_model_is_estimated_and_the_manifest_says_so(
             "layers.1.mlp.up_proj.weight",
             r"hold NaN or infinity \(layers\.1\.mlp\.up_proj\.weight\)",
         ),
-        ("norm.weight", r"vectors hold NaN or infinity with layers\.1\.mlp\.up_proj rounded"),
+        ("norm.weight", r"vectors hold NaN or infinity when layers\.1\.mlp\.up_proj is rounded"),
     ],
 )
 def test_nan_is_refused_and_never_counts_as_no_loss(
