@@ -132,9 +132,9 @@ def test_lines_of_text_are_documents_named_by_file_and_line(tmp_path: Path) -> N
         ("a.json", b'[{"text": "x"}]', "one JSON array"),
         ("a.jsonl", "{}\n".encode("utf-16"), "UTF-16"),
         ("a.jsonl.gz", gzip.compress(jsonl(ROWS))[:-9], "damaged or cut short"),
-        ("a.parquet", b"PAR1 and no more", "no whole parquet file"),
+        ("a.parquet", b"PAR1 and no more", "not a complete parquet file"),
         ("a.parquet", b"", "is empty"),
-        ("a.csv", b"text,text\n1,x\n", "names text twice"),
+        ("a.csv", b"text,text\n1,x\n", "heading has text more than once"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_told_why(

@@ -356,7 +356,7 @@ def test_what_openvino_cannot_compute_is_refused(artifact: Path, tmp_path: Path)
     gteopt.quantize("nano", "fp8", tmp_path / "fp8")
     with pytest.raises(UnsupportedError, match=r"layers\.0\..* is e4m3; use backend torch"):
         gteopt.load(tmp_path / "fp8", backend="openvino")
-    with pytest.raises(UnsupportedError, match="and this is a qwen3 one"):
+    with pytest.raises(UnsupportedError, match="and this is a qwen3 model"):
         OpenVinoModel({"model_type": "qwen3"}, OpenVinoWeights({}), dtype=torch.float32)
     wide = {**CONFIGS["qwen2"], "rope_scaling": {"rope_type": "yarn"}}
     with pytest.raises(UnsupportedError, match="usual settings"):

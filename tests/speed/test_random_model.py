@@ -144,7 +144,7 @@ def test_prices_are_machine_hours_over_tokens() -> None:
 
 def test_a_backend_that_does_not_know_the_architecture_refuses_before_anything_is_built() -> None:
     steps: list[str] = []
-    with pytest.raises(UnsupportedError, match="this is a qwen3 one; use backend torch"):
+    with pytest.raises(UnsupportedError, match="this is a qwen3 model; use backend torch"):
         bench_dummy(
             "Qwen3-Embedding-0.6B",
             ["rtn-int8"],
@@ -162,7 +162,7 @@ def test_a_bench_refuses_an_unknown_architecture_beside_its_other_problems(tmp_p
     shape.mkdir()
     (shape / "config.json").write_text(json.dumps(config))
     write_random_model(str(shape), tmp_path / "qwen3")
-    with pytest.raises(InputError, match="this is a qwen3 one") as refused:
+    with pytest.raises(InputError, match="this is a qwen3 model") as refused:
         run_bench_protocol(
             {"nano": "nano", "qwen3": str(tmp_path / "qwen3"), "gone": str(tmp_path / "gone")},
             baseline="nano",
