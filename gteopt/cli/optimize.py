@@ -92,8 +92,7 @@ def optimize(
     min_quality: Annotated[
         str | None,
         typer.Option(
-            help="share of the score to keep at 95 % confidence, such as 99%; without labels, "
-            "share of neighbours to keep. When left out: 95 % of the score and 70 % of neighbours",
+            help="share of the score, or of neighbours, to keep at 95 % confidence",
             rich_help_panel=LIMITS,
         ),
     ] = None,
@@ -106,8 +105,8 @@ def optimize(
     engine: Annotated[
         Literal["any", "sentence-transformers", "transformers", "vllm", "gteopt", "openvino"],
         typer.Option(
-            help="engine that must open the pick: any, sentence-transformers, transformers, vllm, "
-            "gteopt, openvino",
+            help="must open the pick: any, sentence-transformers, transformers, vllm, gteopt, "
+            "openvino",
             metavar="ENGINE",
             rich_help_panel=WHERE,
         ),

@@ -174,8 +174,7 @@ Kernels = Annotated[
     str,
     typer.Option(
         "--kernels",
-        help="products of quantized layers on a CPU: deterministic, measured, decoded, fbgemm, "
-        "onednn or int_mm",
+        help="how a CPU multiplies: deterministic, measured, decoded, fbgemm, onednn or int_mm",
         rich_help_panel=WHERE,
     ),
 ]

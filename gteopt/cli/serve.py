@@ -34,7 +34,7 @@ def serve(
     host: Annotated[
         str,
         typer.Option(
-            help="address to listen on; 0.0.0.0 listens on every network",
+            help="address to listen on; 0.0.0.0 is every network",
             rich_help_panel=LISTEN,
         ),
     ] = "127.0.0.1",
@@ -45,7 +45,7 @@ def serve(
     api_keys: Annotated[
         Path | None,
         typer.Option(
-            help="file with an API key per line; requests need one of them",
+            help="file of API keys, one a line; requests need one",
             metavar="FILE",
             rich_help_panel=LISTEN,
         ),
@@ -87,14 +87,14 @@ def serve(
     decode_tokens: Annotated[
         str | None,
         typer.Option(
-            help="tokenizer that decodes requests of token ids, such as cl100k_base",
+            help="tokenizer of token ids, such as cl100k_base",
             metavar="NAME",
             rich_help_panel=LISTEN,
         ),
     ] = None,
     price_per_hour: Annotated[
         float | None,
-        price_option(LISTEN, "price of the machine in dollars per hour, for /metrics"),
+        price_option(LISTEN, "dollars per hour of the machine, for /metrics"),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,

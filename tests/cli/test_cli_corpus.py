@@ -87,7 +87,7 @@ def test_json_is_an_event_a_line_and_a_dry_run_embeds_nothing(call: Call, tmp_pa
         (["--actors", "0-2"], "MIN-MAX"),
         (["--verify"], "nothing to verify"),
         (["--unique-ids"], "needs --id"),
-        (["--devices", "cpu", "--ray", "auto"], "give one of them"),
+        (["--devices", "cpu", "--ray", "auto"], "give only one of them"),
         (["--long", "chunk:999999"], "give at most"),
     ],
 )

@@ -252,7 +252,7 @@ def test_a_baseline_below_zero_leaves_differences_and_fidelity(
 def test_wrong_grids_are_told_before_anything_is_encoded(artifacts: dict[str, Path]) -> None:
     with pytest.raises(InputError) as caught:
         parse_vector_grid("256,many,0", "int5,binary")
-    for expected in ("'many' is no number", "'0' is no number", "unknown code 'int5'"):
+    for expected in ("'many' is not a number", "'0' is not a number", "unknown code 'int5'"):
         assert expected in str(caught.value)
     assert parse_vector_grid("64, 32,64", None) == VectorGrid(dims=(64, 32))
     with pytest.raises(InputError, match="dims 512 is more than the 256"):

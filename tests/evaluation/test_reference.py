@@ -264,7 +264,7 @@ def test_scores_of_other_data_are_marked_and_left_out_of_the_mean() -> None:
     assert (compared.published.n_tasks, compared.published.score) == (1, 0.51)
     assert [task.published and task.published.same_data for task in compared.tasks] == [True, False]
     caption = str(eval_table({"b": compared}).caption)
-    assert "another revision of the data, and not in the mean: B" in caption
+    assert "another revision of the data, so not in the mean: B" in caption
 
 
 @pytest.mark.parametrize(

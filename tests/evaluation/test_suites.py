@@ -135,7 +135,7 @@ def test_data_of_another_revision_than_pinned_are_refused(tmp_path: Path) -> Non
     assert by_content.startswith("sha256:")
     content = by_content.removeprefix("sha256:")
     assert resolve_tasks(suite_of({**pinned, "files_sha256": content}), tmp_path)
-    with pytest.raises(InputError, match="other data"):
+    with pytest.raises(InputError, match="the data differ"):
         resolve_tasks(suite_of({**pinned, "files_sha256": "0" * 64}), tmp_path)
 
 

@@ -343,7 +343,7 @@ def test_what_the_owner_put_beside_an_artifact_stays_and_does_not_spoil_it(
     )
     user.hub.repos[REPO].files["requirements.txt"] = b"x"
     ran = user.run("publish", newer, "--repo", REPO)
-    assert f"gteopt.load refuses {REPO} while it holds requirements.txt" in ran.stderr
+    assert f"gteopt.load refuses {REPO} because it holds requirements.txt" in ran.stderr
     assert user.run("pull", REPO, "--out", tmp_path / "back").returncode == 0
 
 
