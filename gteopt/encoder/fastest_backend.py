@@ -113,7 +113,9 @@ def fastest_backend(
 
 def choose_backend(times: LayerTimes) -> BackendChoice:
     """The faster backend, by the times of a short text and of a batch."""
-    few, many = (each[_OPENVINO] / each[_TORCH] for each in (times.few, times.many))
+    few, many = (
+        by_backend[_OPENVINO] / by_backend[_TORCH] for by_backend in (times.few, times.many)
+    )
     reason = (
         f"OpenVINO takes {few:.2f} of torch's time for a text of {_FEW} tokens, and {many:.2f} for "
         f"texts of {_MANY}"
@@ -177,8 +179,8 @@ class _Blocks:
         config = build_whole_config(self.checkpoint)
         facts = {
             "config": {name: config.get(name) for name in _SHAPE},
-            "schemes": {name: each.model_dump() for name, each in self.schemes.items()},
-            "products": {name: str(each) for name, each in self.ways.products.items()},
+            "schemes": {name: scheme.model_dump() for name, scheme in self.schemes.items()},
+            "products": {name: str(product) for name, product in self.ways.products.items()},
             "decodes": self.ways.decodes,
             "dtype": str(self.dtype),
             "gteopt": __version__,
@@ -196,13 +198,13 @@ class _Blocks:
         n_texts = max(1, min(_MOST_TEXTS, _MANY_WORK // (self.n_weights * _MANY)))
         longest = min(_MANY, self.checkpoint.max_tokens)
         few, many = [[1] * min(_FEW, longest)], [[1] * longest] * n_texts
-        found: dict[str, tuple[float, float]] = {}
+        timed: dict[str, tuple[float, float]] = {}
         for name, make in ((_TORCH, self._by_torch), (_OPENVINO, self._by_openvino)):
             call = make()
-            found[name] = kernel_microseconds(call, few), kernel_microseconds(call, many)
+            timed[name] = kernel_microseconds(call, few), kernel_microseconds(call, many)
         return LayerTimes(
-            few={name: few for name, (few, _) in found.items()},
-            many={name: many for name, (_, many) in found.items()},
+            few={name: few for name, (few, _) in timed.items()},
+            many={name: many for name, (_, many) in timed.items()},
         )
 
     def _by_torch(self) -> Callable[[_Tokens], object]:
@@ -225,7 +227,7 @@ class _Blocks:
     def _by_openvino(self) -> Callable[[_Tokens], object]:
         skeleton = build_skeleton(self.checkpoint)
         plain = _random_tensors(skeleton, self.schemes, self.dtype)
-        packed = {n: ReadLayer(each.random()) for n, each in self._layers(skeleton).items()}
+        packed = {n: ReadLayer(layer.random()) for n, layer in self._layers(skeleton).items()}
         try:
             config = build_whole_config(self.checkpoint)
             model = OpenVinoModel(config, OpenVinoWeights(plain, packed), dtype=self.dtype)
@@ -281,11 +283,11 @@ def _place(name: str) -> str:
 
 
 def _linears(module: nn.Module) -> dict[str, nn.Linear]:
-    return {name: each for name, each in module.named_modules() if isinstance(each, nn.Linear)}
+    return {name: inner for name, inner in module.named_modules() if isinstance(inner, nn.Linear)}
 
 
 def _n_weights(module: nn.Module) -> int:
-    return sum(each.weight.numel() for each in _linears(module).values())
+    return sum(linear.weight.numel() for linear in _linears(module).values())
 
 
 def _random_tensors(
@@ -296,8 +298,8 @@ def _random_tensors(
     tile = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(dtype)
     left_out = {f"{name}.weight" for name in quantized}
     return {
-        name: tile.repeat(-(-each.numel() // len(tile)))[: each.numel()].view(each.shape)
-        for name, each in module.named_parameters()
+        name: tile.repeat(-(-tensor.numel() // len(tile)))[: tensor.numel()].view(tensor.shape)
+        for name, tensor in module.named_parameters()
         if name not in left_out
     }
 

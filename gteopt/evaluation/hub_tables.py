@@ -53,14 +53,16 @@ def _downloaded(name: str, part: str | None) -> Path:
     from gteopt.model import hub
 
     try:
-        found = hub.find_repository(name, kind="dataset")
+        repository = hub.find_repository(name, kind="dataset")
     except InputError as error:
         raise type(error)(f"--data {name}: there is no such file; on the Hub: {error}") from None
-    if found is None:
+    if repository is None:
         raise InputError(
             f"--data {name}: there is no such file; on the Hub: {hub.missing_repository(name)}"
         )
-    return hub.cached_hub_file(found, _file_of_split(found.content, name, part), kind="dataset")
+    return hub.cached_hub_file(
+        repository, _file_of_split(repository.content, name, part), kind="dataset"
+    )
 
 
 def _file_of_split(files: Sequence[str], name: str, part: str | None) -> str:

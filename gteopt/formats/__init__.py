@@ -80,22 +80,22 @@ def choose_format(
     """
 
     def problems(name: FormatName) -> list[str]:
-        found = FORMATS[name].problems(schemes, shapes)
+        reasons = FORMATS[name].problems(schemes, shapes)
         if reads_weights and name in _KEPT_PACKED:
-            found.append(
+            reasons.append(
                 "the architecture's forward pass reads the weight of a layer, which libraries of "
                 "this format keep packed"
             )
-        return found
+        return reasons
 
     if wanted == "auto":
         return next((name for name in FORMATS if not problems(name)), "gteopt")
-    found = problems(wanted) if wanted in FORMATS else []
-    if found:
+    reasons = problems(wanted) if wanted in FORMATS else []
+    if reasons:
         subject = (
             f"format {wanted} cannot hold this variant; choose another format, or format: auto"
         )
-        raise InputError(join_problems(subject, found))
+        raise InputError(join_problems(subject, reasons))
     return wanted
 
 

@@ -318,7 +318,9 @@ def measured_times(
     def lacking(kept: Mapping[str, LayerTimes]) -> list[str]:
         none = LayerTimes(few={}, many={})
         return [
-            n for n, each in comparisons.items() if not each.names <= kept.get(n, none).few.keys()
+            n
+            for n, wanted in comparisons.items()
+            if not wanted.names <= kept.get(n, none).few.keys()
         ]
 
     kept = _read(path, known)
