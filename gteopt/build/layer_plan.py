@@ -34,8 +34,8 @@ from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint
 from gteopt.quant.grid import group_size_problems
 from gteopt.records.manifest import EXPERTS, UnquantizedRecord
 
-_READS_WEIGHTS = ("t5", "mt5", "umt5", "longt5")
-"""Architectures whose code in transformers casts its input to the number type of `wo.weight`."""
+_READS_WEIGHTS = ("t5", "mt5", "umt5", "longt5", "modernbert")
+"""Architectures whose code in transformers reads `weight` of layers when it loads or runs."""
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,11 @@ FORMATS: dict[FormatName, Format] = {
 """The formats by `quant_method`; `format: auto` takes the first one that can hold a variant."""
 
 
-_KEPT_PACKED: frozenset[FormatName] = frozenset({"gptq", "bitsandbytes"})
-"""Formats whose libraries keep weights packed in memory; others decode them at load."""
+def _keeps_packed(name: FormatName, schemes: Mapping[str, LayerScheme]) -> bool:
+    """Whether the library of a format keeps these weights packed, so that no layer has `weight`."""
+    if name == "compressed-tensors":  # a byte per weight only with 8-bit activations
+        return any(scheme.activation_bits != 8 for scheme in schemes.values())
+    return name in ("gptq", "bitsandbytes")
 
 
 def choose_format(
@@ -72,8 +75,8 @@ def choose_format(
         wanted: the recipe's format.
         schemes: the scheme of each layer.
         shapes: the shape of each layer.
-        reads_weights: transformers' forward pass reads `weight` of a layer, and so fails where a
-            library keeps the layer packed.
+        reads_weights: the architecture's code in transformers reads `weight` of a layer, and so
+            fails if a library keeps the layer packed.
 
     Raises:
         InputError: the wanted format cannot hold the layers; lists every reason.
@@ -81,10 +84,10 @@ def choose_format(
 
     def problems(name: FormatName) -> list[str]:
         reasons = FORMATS[name].problems(schemes, shapes)
-        if reads_weights and name in _KEPT_PACKED:
+        if reads_weights and _keeps_packed(name, schemes):
             reasons.append(
-                "the architecture's forward pass reads the weight of a layer, which libraries of "
-                "this format keep packed"
+                "the architecture's code reads the weight of a layer, which libraries of this "
+                "format keep packed"
             )
         return reasons
 

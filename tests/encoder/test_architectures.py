@@ -81,20 +81,21 @@ def test_an_artifact_opens_in_both_libraries(model: Path, scheme: str, tmp_path:
     assert cosines(vectors, gteopt.load(model, dtype="float32").encode(TEXTS)).min() > 0.9
     # The libraries are in the environment of `make interop`. What GPTQ makes has the same layout as
     # other builds of 4 bits.
-    libraries = OPENED_WITH[str(manifest.format)]
-    if scheme != "GPTQ" and all(find_spec(library) for library in libraries):
+    libraries = OPENED_WITH.get(str(manifest.format))
+    if scheme != "GPTQ" and libraries and all(find_spec(library) for library in libraries):
         opened = sentence_transformer(out)
         theirs = np.concatenate([opened.encode([text]) for text in TEXTS])
         assert cosines(vectors, theirs).min() > 0.99
 
 
-def test_an_architecture_that_reads_weights_gets_a_format_that_is_decoded_at_load(
-    tmp_path: Path,
+@pytest.mark.parametrize("architecture", ["t5", "modernbert"])
+def test_packed_weights_of_an_architecture_that_reads_weights_stay_in_our_format(
+    architecture: str, tmp_path: Path
 ) -> None:
-    """T5's code reads `wo.weight`, which GPTQModel's kernel for 4 bits on a CPU does not have."""
-    model = make("t5", tmp_path / "t5")
+    """Their code reads `weight` of linear layers, which packed layers of other libraries lack."""
+    model = make(architecture, tmp_path / architecture)
     made = gteopt.quantize(model, recipe(tmp_path, "4 bits"), tmp_path / "out", dtype="float32")
-    assert made.format == "compressed-tensors"
+    assert made.format == "gteopt"
 
 
 def run(*command: str) -> str:

@@ -344,10 +344,11 @@ def test_the_standard_layout_is_taken_whenever_one_can_hold_the_layers() -> None
 
 def test_layers_whose_weights_a_forward_pass_reads_are_never_kept_packed() -> None:
     schemes, shapes = {"a": LayerScheme(bits=4, group_size=64, symmetric=False)}, {"a": SHAPE}
-    assert choose_format("auto", schemes, shapes, reads_weights=True) == "compressed-tensors"
-    assert choose_format("auto", {"a": NF4}, shapes, reads_weights=True) == "gteopt"
-    for wanted in ("gptq", "bitsandbytes"):
-        with pytest.raises(InputError, match="forward pass reads the weight of a layer"):
+    for scheme in (*schemes.values(), NF4):
+        assert choose_format("auto", {"a": scheme}, shapes, reads_weights=True) == "gteopt"
+    assert choose_format("auto", {"a": W8A8}, shapes, reads_weights=True) == "compressed-tensors"
+    for wanted in ("gptq", "bitsandbytes", "compressed-tensors"):
+        with pytest.raises(InputError, match="code reads the weight of a layer"):
             choose_format(wanted, schemes, shapes, reads_weights=True)
 
 
