@@ -69,10 +69,33 @@ def unpadded_forward(
         tokens: Sequence[Sequence[int]],
         between_blocks: BetweenBlocks | None = None,
     ) -> Tensor:
+        n_texts = len(tokens)
+        if device.type == "cpu":
+            token = max(tokens, key=len)[0]
+            added = pass_padding([len(ids) for ids in tokens])
+            tokens = [*tokens, *([token] * length for length in added)]
         layout = replace(_Layout.of(tokens, pooling, device), between_blocks=between_blocks)
-        return forward(cast("Any", module), config, pooling, layout)
+        return forward(cast("Any", module), config, pooling, layout)[:n_texts]
 
     return run
+
+
+def pass_padding(lengths: Sequence[int]) -> list[int]:
+    """Lengths of texts to add to a pass on a CPU, so that passes have few totals of tokens.
+
+    oneDNN compiles kernels for each number of rows, and never frees some of them. Memory would grow
+    with the number of different totals. The step between totals is a 32nd of the power of two below
+    the total.
+
+    Args:
+        lengths: tokens of each text of the pass; no added text is longer than the longest.
+    """
+    longest, total = max(lengths, default=0), sum(lengths)
+    if not longest:
+        return []
+    step = max(1, (1 << (total.bit_length() - 1)) >> 5)
+    n_whole, rest = divmod(-total % step, longest)
+    return [longest] * n_whole + ([rest] if rest else [])
 
 
 def padded_forward(config: Mapping[str, Any], pooling: Pooling) -> PaddedForward | None:

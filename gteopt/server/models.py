@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from gteopt.cores import n_cores
 from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.forward import pass_padding
 from gteopt.encoder.tokenization import Role, Tokens
 from gteopt.errors import GteoptError, InputError, NumericsError, UnsupportedError, suggest_names
 from gteopt.records.canary import CANARY, LEAST_COSINE, CanaryRecord
 from gteopt.records.results_folder import read_results
 from gteopt.server import answers
 from gteopt.server.batching import CostModel, PassBudget
-from gteopt.server.memory import pass_padding
 
 Floats = NDArray[np.float32]
 _SAME_COSINE = 0.999
@@ -174,11 +174,8 @@ class ServedModel:
         rows = np.empty((len(tokens), self.encoder.dims), np.float32)
         for group in self._groups(order, [len(ids) for ids in tokens]):
             texts = [tokens[i] for i in group]
-            if self._pads_pass:
-                added = pass_padding([len(ids) for ids in texts])
-                texts += [[texts[0][0]] * n_tokens for n_tokens in added]
             vectors = self.encoder.embed_tokens(texts, between_blocks=between_blocks)
-            rows[group] = self.encoder.vectors.project(vectors[: len(group)])
+            rows[group] = self.encoder.vectors.project(vectors)
         return rows
 
     def _after_block(self, step: Callable[[], None]) -> Callable[[], None]:

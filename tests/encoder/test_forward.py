@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -21,6 +23,7 @@ from gteopt.encoder import forward as runtime
 from gteopt.encoder.forward import (
     count_forward_operations,
     padded_forward,
+    pass_padding,
     reads_one_token,
     unpadded_forward,
 )
@@ -91,6 +94,36 @@ def test_packed_texts_have_the_vectors_of_the_module_alone(name: str, pooling: P
     assert (exact[0] - exact[2]).abs().max() > 1e-2  # the texts have different vectors
     vectors = forward(module.float(), TOKENS).double()
     assert float((vectors - exact).norm() / exact.norm()) <= 2e-6
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=200))
+def test_a_pass_is_padded_with_few_tokens_in_texts_no_longer_than_its_own(
+    lengths: list[int],
+) -> None:
+    added = pass_padding(lengths)
+    assert all(0 < n <= max(lengths) for n in added)
+    assert sum(added) < max(1, sum(lengths) / 32)
+
+
+def test_passes_of_up_to_8192_tokens_have_under_300_totals() -> None:
+    totals = {n + sum(pass_padding([n])) for n in range(1, 8193)}
+    assert len(totals) < 300
+    assert pass_padding([]) == pass_padding([0, 0]) == []
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.inference_mode()
+def test_texts_that_pad_a_pass_change_no_vector_and_give_none(name: str, pooling: Pooling) -> None:
+    module = random_module(CONFIGS[name])
+    forward = unpadded_forward(CONFIGS[name], pooling, CPU)
+    assert forward is not None
+    texts = [[i % 50 for i in range(length)] for length in (60, 7, 1, 200, 61)]
+    assert len(pass_padding([len(ids) for ids in texts])) == 1
+    together = forward(module, texts)
+    alone = torch.cat([forward(module, [ids]) for ids in texts])
+    torch.testing.assert_close(together, alone, atol=2e-6, rtol=1e-5)
 
 
 @torch.inference_mode()
