@@ -5,11 +5,11 @@ Prints a table for each model and writes one JSON, row by row. Other rows of the
 error in the table. `make interop` makes the environment with the peers:
 
     .venv-interop/bin/python benchmarks/peers_quality.py --hub-dir ../shared/hub \
-        --beir ../shared/beir/cranfield --out benchmarks/results/peers_kinds.json
+        --beir ../shared/beir/cranfield --out benchmarks/results/peers_quality.json
 
 Everything is float32 except quantized weights and 8-bit activations. Activations have 8 bits even
 if this processor's product takes 7. Everyone calibrates on the same token ids: those of the first
-built-in texts (--n-texts).
+built-in texts (--n-texts), and those of the random texts that gteopt adds to them.
 
 Variants are judged on the kinds of text of `text_kinds.py`, which come from other sources. The JSON
 has the fields of `KindError` for each kind. Bits are those of the quantized layers as stored, with
@@ -41,7 +41,11 @@ from text_kinds import encode_kinds, judged_texts, kind_errors, mean_and_worst
 from torch import nn
 
 import gteopt
-from gteopt.build.calibration_texts import draw_calibration_texts, tokenize_calibration
+from gteopt.build.calibration_texts import (
+    draw_calibration_texts,
+    draw_random_texts,
+    tokenize_calibration,
+)
 from gteopt.config.recipe import Calibration, Effort, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.kernels import KERNELS
@@ -178,7 +182,8 @@ def measure(
 
 def quantizers(base: Encoder, calibration: Calibration) -> dict[str, Callable[[Path], Variant]]:
     """By name, a function that makes a variant of the model in a folder."""
-    texts = draw_calibration_texts(calibration)
+    recipe = load_recipe("gptq-int4").model_copy(update={"calibration": calibration})
+    texts = draw_calibration_texts(calibration) + draw_random_texts(recipe, base.tokenization)
     tokens = [
         list(ids) for ids in tokenize_calibration(base.tokenization, texts, calibration.max_tokens)
     ]

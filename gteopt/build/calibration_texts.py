@@ -29,7 +29,7 @@ TOKENS_AN_INPUT = 4
 estimate."""
 
 _PARTS = 4
-_RANDOM_TEXTS, _RANDOM_TOKENS = 24, 50
+_RANDOM_TEXTS, _RANDOM_TOKENS = 48, 50
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])")
 
 
@@ -72,9 +72,7 @@ def count_random_texts(recipe: Recipe) -> int:
     """Number of texts of random tokens that a build of the recipe adds."""
     if recipe.calibration.random_texts is not None:
         return recipe.calibration.random_texts
-    weights = recipe.weights
-    is_static = isinstance(weights, GptqWeights) and weights.scheme.activation_static
-    return _RANDOM_TEXTS if is_static else 0
+    return _RANDOM_TEXTS if isinstance(recipe.weights, GptqWeights) else 0
 
 
 def draw_random_texts(recipe: Recipe, tokenization: Tokenization) -> tuple[CalibrationText, ...]:

@@ -235,8 +235,8 @@ class Calibration(Frozen):
         max_tokens: longer texts are cut to this length for calibration.
         seed: random seed of the draw.
         random_texts: number of texts of random tokens, which layers see beside the others. They
-            stand for languages and scripts that no text is in. None means 24 for static
-            activations, else 0.
+            stand for languages and scripts that no text is in. None means 48 for the method
+            "gptq", else 0.
     """
 
     texts: str = "builtin"
