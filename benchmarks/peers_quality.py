@@ -9,7 +9,8 @@ error in the table. `make interop` makes the environment with the peers:
 
 Everything is float32 except quantized weights and 8-bit activations. Activations have 8 bits even
 if this processor's product takes 7. Everyone calibrates on the same token ids: those of the first
-built-in texts (--n-texts), and those of the random texts that gteopt adds to them.
+built-in texts (--n-texts), and those of the random texts that gteopt adds to them. Rows "ideal
+texts" are peers that calibrate on other texts of the sources that judge.
 
 Variants are judged on the kinds of text of `text_kinds.py`, which come from other sources. The JSON
 has the fields of `KindError` for each kind. Bits are those of the quantized layers as stored, with
@@ -37,7 +38,7 @@ import torch
 from model_folders import model_folder
 from numpy.typing import NDArray
 from results_files import write_results
-from text_kinds import encode_kinds, judged_texts, kind_errors, mean_and_worst
+from text_kinds import encode_kinds, ideal_texts, judged_texts, kind_errors, mean_and_worst
 from torch import nn
 
 import gteopt
@@ -48,6 +49,7 @@ from gteopt.build.calibration_texts import (
 )
 from gteopt.config.recipe import Calibration, Effort, load_recipe
 from gteopt.encoder.encoder import Encoder
+from gteopt.encoder.tokenization import Role
 from gteopt.kernels import KERNELS
 from gteopt.kernels.cpu import activation_bits
 from gteopt.machine import describe_machine, read_library_versions
@@ -118,6 +120,7 @@ def main() -> None:
         print(f"\n{model}: 1 - cosine, mean and worst of {', '.join(texts)}")
         print(f"{'':32}{'bits':>6}{'mean':>9}{'worst':>9}{'p1':>8}{'NN@10':>8}{'CPU s':>8}")
         table = quantizers(base, calibration)
+        table |= ideal_peers(base, ideal_texts(options.hub_dir, options.beir))
         for peer in options.only or table:
             row = measure(model, peer, table[peer], source, reference, texts)
             rows = [r for r in rows if (r.model, r.peer) != (model, peer)]
@@ -222,6 +225,25 @@ def quantizers(base: Encoder, calibration: Calibration) -> dict[str, Callable[[P
     table["bitsandbytes int8"] = partial(bitsandbytes, kind="int8")
     table["HQQ 4-bit g128"] = hqq
     return table
+
+
+def ideal_peers(
+    base: Encoder, texts: Mapping[str, list[str]]
+) -> dict[str, Callable[[Path], Variant]]:
+    """The best peers, calibrated on other texts of the sources that judge."""
+    tokens: TokenIds = []
+    for kind, of_kind in texts.items():
+        role: Role = "query" if kind == "queries" else "document"
+        ids = base.tokenization.tokenize(of_kind, role=role, max_tokens=MAX_TOKENS)
+        tokens += [list(text) for text in ids]
+    llm = partial(llm_compressor, scheme="W4A16_ASYM", tokens=tokens)
+    return {
+        "llm-compressor GPTQ W4A16_ASYM, ideal texts": llm,
+        "optimum GPTQ 4-bit asym, ideal texts": partial(optimum_gptq, tokens=tokens),
+        "llm-compressor GPTQ W8A8, ideal texts": partial(
+            llm_compressor, scheme="W8A8", tokens=tokens
+        ),
+    }
 
 
 def gteopt_recipe(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,7 +52,20 @@ class KindError:
 
 def judged_texts(hub_dir: Path, beir: Path) -> dict[str, list[str]]:
     """Texts by kind, drawn with a fixed seed."""
-    draw = random.Random(0)
+    return _drawn(hub_dir, beir, random.Random(0), without=())
+
+
+def ideal_texts(hub_dir: Path, beir: Path) -> dict[str, list[str]]:
+    """Other texts of the sources of `judged_texts`: the best that a user can calibrate on."""
+    judged = judged_texts(hub_dir, beir)
+    documents = [part for text in judged["long documents"] for part in text.split("\n\n")]
+    judged_ones = {text for texts in judged.values() for text in texts}.union(documents)
+    return _drawn(hub_dir, beir, random.Random(1), without=judged_ones)
+
+
+def _drawn(
+    hub_dir: Path, beir: Path, draw: random.Random, without: Collection[str]
+) -> dict[str, list[str]]:
 
     def column(name: str, *keys: str, language: str | None = None) -> list[str]:
         rows = map(json.loads, (hub_dir / name).read_text(encoding="utf-8").splitlines())
@@ -60,6 +73,7 @@ def judged_texts(hub_dir: Path, beir: Path) -> dict[str, list[str]]:
         return list(dict.fromkeys(row[key] for row in in_language for key in keys))
 
     def some(texts: list[str], n_texts: int) -> list[str]:
+        texts = [text for text in texts if text not in without]
         return draw.sample(texts, min(n_texts, len(texts)))
 
     corpus = map(json.loads, (beir / "corpus.jsonl").read_text(encoding="utf-8").splitlines())
