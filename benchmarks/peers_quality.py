@@ -51,7 +51,7 @@ from gteopt.config.recipe import Calibration, Effort, load_recipe
 from gteopt.encoder.encoder import Encoder
 from gteopt.encoder.tokenization import Role
 from gteopt.kernels import KERNELS
-from gteopt.kernels.cpu import activation_bits
+from gteopt.kernels.cpu import DenseLinearCpu, activation_bits
 from gteopt.machine import describe_machine, read_library_versions
 from gteopt.speed.clock import Stopwatch
 
@@ -353,6 +353,7 @@ def torchao(source: Path, kind: str) -> Variant:
     )
 
     encoder = gteopt.load(source, dtype="float32")
+    use_plain_linears_(encoder.module)
     config: Any = {
         "int4": lambda: IntxWeightOnlyConfig(torch.int4, PerGroup(128)),  # type: ignore[attr-defined]
         "int8-weight": Int8WeightOnlyConfig,
@@ -360,6 +361,16 @@ def torchao(source: Path, kind: str) -> Variant:
     }[kind]()
     quantize_(encoder.module, config)
     return encoder, {"int4": 4 + 32 / 128, "int8-weight": 8.0, "int8-dynamic": 8.0}[kind]
+
+
+def use_plain_linears_(module: nn.Module) -> None:
+    """Put torch's linear layers back; torchao lacks the product of gteopt's for a CPU."""
+    for name, layer in list(module.named_modules()):
+        if type(layer) is DenseLinearCpu:
+            linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+            linear.weight, linear.bias = layer.weight, layer.bias
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, linear)
 
 
 def torch_dynamic(source: Path) -> Variant:
@@ -443,10 +454,12 @@ def opened(folder: Path) -> Variant:
     for module in encoder.module.modules():
         if hasattr(module, "kernel") and hasattr(module, "in_features"):
             n_weights += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
+            # int8 products keep their weight outside of the buffers.
+            n_bits += 8 * getattr(module, "packed_bytes", 0)
             n_bits += 8 * sum(
                 tensor.numel() * tensor.element_size()
                 for name, tensor in module.named_buffers()
-                if name != "bias"
+                if name not in ("bias", "row")
             )
     return encoder, n_bits / n_weights
 
