@@ -454,12 +454,14 @@ def opened(folder: Path) -> Variant:
     for module in encoder.module.modules():
         if hasattr(module, "kernel") and hasattr(module, "in_features"):
             n_weights += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
-            # int8 products keep their weight outside of the buffers.
-            n_bits += 8 * getattr(module, "packed_bytes", 0)
+            # int8 products keep their weight outside of the buffers, and have sums beside it.
+            packed = int(getattr(module, "packed_bytes", 0))
+            beside = ("bias", "row") if packed else ("bias",)
+            n_bits += 8 * packed
             n_bits += 8 * sum(
                 tensor.numel() * tensor.element_size()
                 for name, tensor in module.named_buffers()
-                if name not in ("bias", "row")
+                if name not in beside
             )
     return encoder, n_bits / n_weights
 

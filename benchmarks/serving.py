@@ -349,10 +349,14 @@ def run(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         limit = Offline(arguments.threads, arguments.folder)
         stack.callback(limit.close)
-        servers = [
-            stack.enter_context(started(name, command, port, arguments.threads))
-            for name, (command, port) in commands(arguments).items()
-        ]
+        servers = []
+        for name, (command, port) in commands(arguments).items():
+            try:
+                servers.append(stack.enter_context(started(name, command, port, arguments.threads)))
+            except (OSError, http.client.HTTPException, RuntimeError):
+                if name == "gteopt":
+                    raise
+                print(f"{name} is left out: it does not start with this model", file=sys.stderr)
         for number in range(arguments.rounds):
             measured: dict[str, Any] = {
                 "load_average": os.getloadavg()[0],

@@ -12,7 +12,17 @@ import gteopt
 
 PACKAGE = Path(gteopt.__file__).parent
 RANKS = [
-    {"errors", "interruption", "version", "frozen", "progress", "paths", "local_data", "cores"},
+    {
+        "errors",
+        "interruption",
+        "version",
+        "frozen",
+        "progress",
+        "paths",
+        "local_data",
+        "cores",
+        "own_thread",
+    },
     {"config"},
     {"records"},
     {"quant", "model", "machine", "report"},

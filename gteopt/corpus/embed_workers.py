@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -25,6 +26,7 @@ from gteopt.corpus.rows import RowRange
 from gteopt.corpus.shard_encoder import AHEAD, EmbedTask, ShardDone, ShardEncoder
 from gteopt.corpus.workers import WorkerAnswer, WorkerLost, WorkerPool
 from gteopt.errors import RESUMES, GteoptError, UnsupportedError
+from gteopt.own_thread import call_in_own_thread
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ def _serve(connection: Connection, device: str, name: str) -> None:
         if isinstance(message, EmbedTask):
             task, worker, error = message, None, None
             try:
-                worker = ShardEncoder(task, task.load(device), name)
+                encoder = call_in_own_thread(partial(task.load, device))
+                worker = ShardEncoder(task, encoder, name)
             except GteoptError as failure:
                 error = failure
             except Exception as failure:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +28,7 @@ from gteopt.corpus.plan import (
     write_embedding_record,
 )
 from gteopt.corpus.rows import RowColumns, RowRange, RowReader, find_kept_schema
-from gteopt.corpus.shard_encoder import AHEAD, EmbedTask, ShardDone, ShardEncoder, stored_transform
+from gteopt.corpus.shard_encoder import EmbedTask, ShardDone, ShardEncoder, stored_transform
 from gteopt.corpus.shard_files import (
     DecodeRecord,
     ShardRecord,
@@ -367,14 +365,8 @@ def embed_in_process(encoder: Encoder) -> RunShards:
     """Embed in this process, with a model that is loaded."""
 
     def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[ShardDone]:
-        waiting: deque[Future[ShardDone]] = deque()
         with ShardEncoder(task, encoder) as worker:
-            for shard in shards:
-                waiting.append(worker.submit(shard))
-                if len(waiting) == AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            yield from worker.embed(shards)
 
     return embed
 

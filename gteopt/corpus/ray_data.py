@@ -21,6 +21,7 @@ from gteopt.corpus.shard_encoder import EmbedTask, ShardDone, ShardEncoder
 from gteopt.corpus.shard_files import ShardRecord, read_done_footer, shard_name
 from gteopt.corpus.storage import StorageFolder
 from gteopt.errors import RESUMES, GteoptError, InputError, UnsupportedError
+from gteopt.own_thread import call_in_own_thread
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +125,8 @@ class EmbedShards:
         self._failed: str | None = None
         self._name = f"{socket.gethostname()}, process {os.getpid()}"
         try:
-            self._worker = ShardEncoder(task, task.load(device), self._name)
+            encoder = call_in_own_thread(lambda: task.load(device))
+            self._worker = ShardEncoder(task, encoder, self._name)
         except GteoptError as error:
             # If it were raised here, Ray would start the actor again and again.
             self._failed = str(error)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,7 +207,7 @@ class ShardEncoder:
         self._reader.close()
 
     def submit(self, shard: RowRange) -> Future[ShardDone]:
-        """Read, compute and write a shard.
+        """Read, compute and write a shard, each in a thread of its own.
 
         The future raises errors of files and of the model. A bad row never raises: it becomes a
         dead letter.
@@ -217,6 +218,30 @@ class ShardEncoder:
         # waits for was submitted earlier.
         computed = compute.submit(lambda: self._compute(tokenized.result()))
         return write.submit(lambda: self._write(*computed.result()))
+
+    def embed(self, shards: Iterable[RowRange]) -> Iterator[ShardDone]:
+        """Embed shards in their order, and compute in the calling thread.
+
+        Another thread would be slower if this one has computed before: GNU OpenMP hardly waits for
+        work while a process has more of its threads than cores.
+        """
+        read, _, write = self._stages
+        remaining = iter(shards)
+        reading: deque[Future[_Tokenized]] = deque()
+        writing: deque[Future[ShardDone]] = deque()
+        while True:
+            while len(reading) + len(writing) < AHEAD:
+                if (shard := next(remaining, None)) is None:
+                    break
+                reading.append(read.submit(self._tokenize, shard))
+            if not reading:
+                break
+            computed = self._compute(reading.popleft().result())
+            writing.append(write.submit(self._write, *computed))
+            while writing and (writing[0].done() or len(writing) == AHEAD - 1):
+                yield writing.popleft().result()
+        while writing:
+            yield writing.popleft().result()
 
     # ---------------------------------------------------------------------------- read
 

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gteopt.errors import NumericsError, is_out_of_memory
+from gteopt.machine import release_freed_memory
 from gteopt.server.batching import (
     CostModel,
     FairQueue,
@@ -31,7 +32,6 @@ from gteopt.server.batching import (
     is_long_request,
     seconds_to_wait,
 )
-from gteopt.server.memory import return_free_memory
 
 _IDLE_WAIT_S = 1.0
 _HANG_S = 120.0
@@ -293,7 +293,7 @@ class Engine:
                     return lambda: self._perform(task, future)
                 if time.monotonic() - self._trimmed_at > _TRIM_S:
                     self._trimmed_at = time.monotonic()
-                    return return_free_memory
+                    return release_freed_memory
                 if batch := self._queue.compose():
                     self._running = {item.job for item in batch if isinstance(item.job, EngineWork)}
                     return lambda: self._compute(batch)

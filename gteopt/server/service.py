@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gteopt.errors import GteoptError, suggest_names
+from gteopt.own_thread import call_in_own_thread
 from gteopt.server import answers
 from gteopt.server.engine import DeviceDied, Engine, EngineWork, QueueFull
 from gteopt.server.keys import ApiKeys
@@ -117,7 +118,8 @@ class Service:
             served.tokenizer.shutdown(wait=False, cancel_futures=True)
 
     def _opened(self, name: str, source: str, seconds: float) -> ServedModel:
-        served = ServedModel(name, source, self._load(source))
+        encoder = call_in_own_thread(lambda: self._load(source))
+        served = ServedModel(name, source, encoder)
         served.warm_up(
             lambda step: self.engine.call(step).result(),
             max_batch_tokens=self.settings.max_batch_tokens,

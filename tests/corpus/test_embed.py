@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,7 +25,8 @@ from gteopt.corpus.ids import count_duplicate_ids
 from gteopt.corpus.jobs import JobRequest, lock_job, prepare_job
 from gteopt.corpus.options import EmbedOptions, TextTemplate, parse_long_texts
 from gteopt.corpus.plan import read_embedding_record
-from gteopt.corpus.shard_encoder import ShardEncoder
+from gteopt.corpus.rows import RowRange
+from gteopt.corpus.shard_encoder import AHEAD, ShardEncoder
 from gteopt.corpus.shard_files import (
     DecodeRecord,
     ShardContent,
@@ -340,6 +342,35 @@ def test_a_shard_that_another_worker_finished_meanwhile_stays(
     assert [done.name for done in late] == sorted(times)
     assert {path.name: path.stat().st_mtime_ns for path in (out / "data").iterdir()} == times
     assert folder_bytes(out) == before
+
+
+def test_a_job_in_this_process_computes_in_the_calling_thread_and_reads_few_shards_ahead(
+    nano: Encoder, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = JobRequest((str(corpus),), "nano", tmp_path / "out", EmbedOptions(shard_rows=4))
+    job = prepare_job(request, nano)
+    read: list[RowRange] = []
+    threads: set[int] = set()
+    tokenize, start = ShardEncoder._tokenize, Encoder.start
+
+    def counted(worker: ShardEncoder, shard: RowRange) -> Any:
+        read.append(shard)
+        return tokenize(worker, shard)
+
+    def noted(encoder: Encoder, *args: Any, **options: Any) -> Any:
+        threads.add(threading.get_ident())
+        return start(encoder, *args, **options)
+
+    monkeypatch.setattr(ShardEncoder, "_tokenize", counted)
+    monkeypatch.setattr(Encoder, "start", noted)
+    names: list[str] = []
+    with ShardEncoder(job.task, nano) as worker:
+        for done in worker.embed(job.plan.shards.values()):
+            assert len(read) - len(names) <= AHEAD
+            names.append(done.name)
+    assert names == list(job.plan.shards)
+    assert len(names) > 2 * AHEAD
+    assert threads == {threading.get_ident()}
 
 
 def test_a_machine_that_rounds_products_otherwise_does_not_go_on_with_a_job(

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from gteopt.encoder.forward import pass_padding
+from gteopt.machine import release_freed_memory
 from gteopt.server import engine as engine_module
 from gteopt.server.batching import CostModel, PassBudget
 from gteopt.server.engine import Engine, EngineWork
-from gteopt.server.memory import return_free_memory
 from gteopt.server.metrics import Metrics
 from tests.server.running_server import Running, running
 
@@ -58,11 +58,11 @@ def test_free_memory_is_returned_between_passes(monkeypatch: pytest.MonkeyPatch)
 
     def trim() -> None:
         assert threading.current_thread().name == "device"
-        return_free_memory()
+        release_freed_memory()
         trimmed.set()
 
     monkeypatch.setattr(engine_module, "_TRIM_S", 0.2)
-    monkeypatch.setattr(engine_module, "return_free_memory", trim)
+    monkeypatch.setattr(engine_module, "release_freed_memory", trim)
     engine = Engine(Metrics())
     engine.start()
     try:
