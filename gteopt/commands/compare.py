@@ -16,7 +16,7 @@ from gteopt.encoder.engines import engines_of_artifact
 from gteopt.errors import GteoptError, InputError
 from gteopt.evaluation.compare import compare_item_scores
 from gteopt.model.artifact import is_artifact, read_manifest
-from gteopt.model.checkpoint import open_checkpoint
+from gteopt.model.checkpoint import describe_artifact
 from gteopt.progress import Progress, ignore_progress
 from gteopt.records.evaluation import EvalReport, FidelityReport, ItemComparison
 from gteopt.records.manifest import Manifest
@@ -63,14 +63,14 @@ def compare(
     Args:
         first: an artifact folder or a results folder.
         second: another one of the same kind.
-        judges: data on which the second artifact is scored against the first; only sizes are
-            compared when left out.
+        judges: data on which the second artifact is scored against the first. Without them, only
+            manifests and settings are read, and no weights.
         how: how texts are encoded.
         progress: receives the progress of encoding.
 
     Raises:
         InputError: neither two artifacts nor two results folders; data that cannot be read.
-        IntegrityError: an artifact was altered.
+        IntegrityError: a manifest is damaged; with `judges`, an artifact was altered.
 
     Example:
         >>> gteopt.compare("artifacts/nano-int4", "artifacts/nano-int8")
@@ -79,7 +79,8 @@ def compare(
     names = name_pair(*sources)
     if all(is_artifact(source) for source in sources):
         manifests = tuple(read_manifest(source) for source in sources)
-        compared = Comparison(names, manifests, tuple(map(_engines, sources)))
+        engines = tuple(engines_of_artifact(describe_artifact(source)) for source in sources)
+        compared = Comparison(names, manifests, engines)
         if judges is None:
             return compared
         by_name = {name: str(source) for name, source in zip(names, sources, strict=True)}
@@ -109,7 +110,3 @@ def _from_items(first: Path, second: Path) -> tuple[dict[str, ItemComparison], l
         except GteoptError as error:
             notes.append(f"{path.stem}: no interval, because {error}")
     return comparisons, notes
-
-
-def _engines(artifact: Path) -> tuple[Engine, ...]:
-    return engines_of_artifact(open_checkpoint(str(artifact), headers_only=True))

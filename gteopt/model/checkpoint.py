@@ -51,6 +51,7 @@ from gteopt.model.st_files import (
     ModuleEntry,
     Similarity,
     StFolder,
+    check_similarity,
     pooling_modes,
     prompt_of_role,
     read_st_folder,
@@ -58,7 +59,10 @@ from gteopt.model.st_files import (
 from gteopt.model.weight_files import INDEX, SINGLE, find_weight_files, read_weight_headers
 from gteopt.records.manifest import Manifest
 
-__all__ = ["NANO", "VECTOR_MODULES", "Checkpoint", "open_checkpoint", "opening_checkpoint"]
+__all__ = [
+    *("NANO", "VECTOR_MODULES", "Checkpoint", "describe_artifact"),
+    *("open_checkpoint", "opening_checkpoint"),
+]
 VECTORS_FILE = "vectors.safetensors"
 LATENT_FILE = "pooling.safetensors"
 """The file of an artifact with the tensors of a latent-attention pooling."""
@@ -322,6 +326,19 @@ def opening_checkpoint(
         yield _describe(location, manifest, family)
 
 
+def describe_artifact(folder: Path) -> Checkpoint:
+    """Describe an artifact by its manifest and settings, without its weights.
+
+    No file is verified. The result names no tensors, and cannot be loaded or hashed.
+
+    Raises:
+        InputError: the folder is not an artifact, or a setting has a wrong type.
+        IntegrityError: the manifest or a file of settings is damaged.
+    """
+    source = ModelSource(folder, folder.resolve().name, None)
+    return _describe(source, read_manifest(folder), None, weights=False)
+
+
 def _checked(source: ModelSource) -> AbstractContextManager[Manifest | None]:
     """An artifact's manifest; files on this machine are verified when the block ends."""
     if not is_artifact(source.folder):
@@ -331,7 +348,9 @@ def _checked(source: ModelSource) -> AbstractContextManager[Manifest | None]:
     return verify_while_reading(source.folder)
 
 
-def _describe(source: ModelSource, manifest: Manifest | None, family: str | None) -> Checkpoint:
+def _describe(
+    source: ModelSource, manifest: Manifest | None, family: str | None, *, weights: bool = True
+) -> Checkpoint:
     folder, identifier = source.folder, source.id
     if (folder / "adapter_config.json").is_file():
         find_weight_files(folder, None)  # its error says how to merge an adapter
@@ -343,18 +362,20 @@ def _describe(source: ModelSource, manifest: Manifest | None, family: str | None
     config, latent = unnest_config(config, folder)
     _check_remote_code(identifier, remote_code | set(st.remote), known, notes)
     weights_folder = folder if st.table is None else folder / st.table.path
-    weight_files, tensors, stored_bytes = _weights(source, weights_folder, manifest, notes)
-    if st.table is not None:
+    weight_files, tensors, stored_bytes = (
+        _weights(source, weights_folder, manifest, notes) if weights else ((), {}, 0)
+    )
+    if st.table is not None and weights:
         config = (config if manifest is not None else {}) | config_of_table(weights_folder, tensors)
     check_config(config, folder / "config.json", len(tensors))
     _note_quantized(config, manifest, notes)
     attention = _set_attention(config, known)
     pooling = _pooling(folder, st, known, latent is not None, notes)
     tokenizer_config = read_json(folder / "tokenizer_config.json", optional=True)
-    dims = _output_dims(config, st)
+    dims = st.output_dims(hidden_dims(config))
     published = PUBLISHED.get(manifest.base.id if manifest else identifier)
     normalise = st.normalises if st.modules else known is not None
-    _check_similarity(folder, st, normalise)
+    check_similarity(folder, st, normalise)
     adds_end = known is not None and (
         pooling in ("lasttoken", "latent") or tokenizer_config.get("add_eos_token") is True
     )
@@ -456,10 +477,9 @@ def _set_attention(config: dict[str, Any], family: Family | None) -> Attention:
             config["is_causal"] = False
             if config.get("model_type") == "mistral":  # the authors' code then has no window
                 config["sliding_window"] = None
-    attention = attention_of(config)
     if config["model_type"] in DECODERS or "use_cache" in config:
         config["use_cache"] = False
-    return attention
+    return attention_of(config)
 
 
 def _pooling(
@@ -484,25 +504,6 @@ def _pooling(
             f"{family.pooling}; gteopt follows the folder"
         )
     return stated
-
-
-def _check_similarity(folder: Path, st: StFolder, normalise: bool) -> None:
-    similarity = st.settings.similarity
-    if similarity == "manhattan" or (similarity == "euclidean" and not normalise):
-        raise UnsupportedError(
-            f"{folder} compares vectors by {similarity} distance; gteopt ranks by cosine or dot "
-            f"product, which would give another order"
-        )
-
-
-def _output_dims(config: Mapping[str, Any], st: StFolder) -> int:
-    dims = hidden_dims(config)
-    for module in st.modules:
-        if module.kind == "Dense":
-            dims = int(module.config["out_features"])
-        elif module.kind == "Pooling":
-            dims *= len(pooling_modes(module.config))
-    return dims
 
 
 def _max_tokens(

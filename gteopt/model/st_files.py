@@ -249,6 +249,15 @@ class StFolder:
             for module in self.modules
         )
 
+    def output_dims(self, dims: int) -> int:
+        """Dimensions of the modules' output for token vectors of `dims`."""
+        for module in self.modules:
+            if module.kind == "Dense":
+                dims = int(module.config["out_features"])
+            elif module.kind == "Pooling":
+                dims *= len(pooling_modes(module.config))
+        return dims
+
 
 def pooling_modes(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The modes of a Pooling module, of any release, in the order of their vectors."""
@@ -283,6 +292,25 @@ def read_st_folder(folder: Path) -> StFolder:
     transformer = _read_transformer_settings(folder)
     modules, remote = _read_modules(folder)
     return StFolder(settings, transformer, modules, remote)
+
+
+def check_similarity(folder: Path, st: StFolder, normalise: bool) -> None:
+    """Refuse a distance that ranks in another way than the cosine or the dot product.
+
+    Args:
+        folder: for the error.
+        st: its files.
+        normalise: whether vectors have unit length; Euclidean distance then ranks as the cosine.
+
+    Raises:
+        UnsupportedError: such a distance.
+    """
+    similarity = st.settings.similarity
+    if similarity == "manhattan" or (similarity == "euclidean" and not normalise):
+        raise UnsupportedError(
+            f"{folder} compares vectors by {similarity} distance; gteopt ranks by cosine or dot "
+            f"product, which would give another order"
+        )
 
 
 def _read_transformer_settings(folder: Path) -> TransformerSettings:

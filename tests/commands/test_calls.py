@@ -57,6 +57,23 @@ def test_two_artifacts_are_compared(workspace: Path, results: Path) -> None:
     assert len(gteopt.compare(results, results).results) == 2
 
 
+def test_two_artifacts_are_compared_by_their_settings_without_their_weights(
+    workspace: Path, tmp_path: Path
+) -> None:
+    names = ("int8", "rtn-fp8")
+    gteopt.quantize("nano", "rtn-fp8", tmp_path / "rtn-fp8")
+    shutil.copytree(workspace / "int8", tmp_path / "int8")
+    opened = tuple(gteopt.inspect(tmp_path / name).engines for name in names)
+    weights = [path for name in names for path in (tmp_path / name).rglob("*.safetensors")]
+    assert weights
+    for path in weights:
+        path.unlink()
+        path.mkdir()  # reading a folder fails for every user, also for root
+    comparison = gteopt.compare(tmp_path / "int8", tmp_path / "rtn-fp8")
+    assert comparison.engines == opened
+    assert len(set(opened)) == 2
+
+
 def test_what_is_compared_with_itself_or_with_a_namesake_has_a_column_of_its_own(
     workspace: Path, results: Path, tmp_path: Path
 ) -> None:
