@@ -73,6 +73,16 @@ def join_problems(subject: str, problems: Iterable[str]) -> str:
     return "\n  - ".join([f"{subject}:", *problems])
 
 
+def install_command(extra: str) -> str:
+    """The command that installs an extra of gteopt, quoted for bash and zsh.
+
+    Example:
+        >>> install_command("serve")
+        "pip install 'gteopt[serve]'"
+    """
+    return f"pip install 'gteopt[{extra}]'"
+
+
 def suggest_names(name: str, known: Iterable[str]) -> str:
     """The end of an 'unknown name' message: the nearest known names, or all of them.
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gteopt.errors import InputError, UnsupportedError, suggest_names
+from gteopt.errors import InputError, UnsupportedError, install_command, suggest_names
 
 if TYPE_CHECKING:
     import uvicorn
@@ -229,7 +229,7 @@ def check_server_installed() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UnsupportedError(
-            f"gteopt serve needs {error.name}, which is not installed: pip install 'gteopt[serve]'"
+            f"gteopt serve needs {error.name}, which is not installed: {install_command('serve')}"
         ) from error
 
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from gteopt.corpus.plan import EmbeddingRecord
 from gteopt.corpus.shard_files import DATA, read_shard, read_shard_vectors
 from gteopt.corpus.storage import StorageFolder
-from gteopt.errors import InputError, UnsupportedError
+from gteopt.errors import InputError, UnsupportedError, install_command
 from gteopt.progress import Progress, ignore_progress
 
 Export = Literal["npy", "faiss-flat", "faiss-hnsw", "faiss-ivf", "lance"]
@@ -179,7 +179,7 @@ def _write_lance(folder: StorageFolder, target: Path, progress: Progress) -> Non
     try:
         import lance
     except ImportError as error:
-        raise UnsupportedError('--export lance needs Lance: pip install "gteopt[lance]"') from error
+        raise UnsupportedError(f"--export lance needs Lance: {install_command('lance')}") from error
     if target.is_dir():
         shutil.rmtree(target)
     source = read_exported_tables(folder, None, progress)

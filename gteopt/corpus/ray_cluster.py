@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from gteopt.errors import InputError, UnsupportedError
+from gteopt.errors import InputError, UnsupportedError, install_command
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def join_cluster(address: str, *, device: str, n_threads: int) -> RayCluster:
     try:
         import ray
     except ImportError as error:
-        raise UnsupportedError('--ray needs Ray: pip install "gteopt[ray]"') from error
+        raise UnsupportedError(f"--ray needs Ray: {install_command('ray')}") from error
 
     is_ours = not ray.is_initialized()
     if is_ours:

@@ -20,7 +20,7 @@ from gteopt.corpus.rows import RowRange
 from gteopt.corpus.shard_encoder import EmbedTask, ShardDone, ShardEncoder
 from gteopt.corpus.shard_files import ShardRecord, read_done_footer, shard_name
 from gteopt.corpus.storage import StorageFolder
-from gteopt.errors import RESUMES, GteoptError, InputError, UnsupportedError
+from gteopt.errors import RESUMES, GteoptError, InputError, UnsupportedError, install_command
 from gteopt.own_thread import call_in_own_thread
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def embed_on_ray(
         try:
             import ray.data
         except ImportError as error:
-            raise UnsupportedError('--ray needs Ray Data: pip install "gteopt[ray]"') from error
+            raise UnsupportedError(f"--ray needs Ray Data: {install_command('ray')}") from error
         joined = join_cluster(address, device=device, n_threads=cpus)
         ray.data.DataContext.get_current().enable_progress_bars = False
         kind = joined.kind

@@ -27,7 +27,7 @@ from gteopt.encoder.forward import unpadded_forward
 from gteopt.encoder.openvino import OpenVinoModel, OpenVinoWeights, openvino_can_hold
 from gteopt.encoder.packed_weights import list_quantized_layers, put_submodule_
 from gteopt.encoder.skeleton import build_skeleton, build_whole_config
-from gteopt.errors import UnsupportedError
+from gteopt.errors import UnsupportedError, install_command
 from gteopt.formats.packed import ReadLayer
 from gteopt.kernels import make_linear, speed_up_linears_
 from gteopt.kernels.measured import (
@@ -128,7 +128,7 @@ def _obstacle(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
     if device.type != "cpu":
         return "OpenVINO is for the CPU"
     if find_spec("openvino") is None:
-        return "OpenVINO is not installed (pip install 'gteopt[openvino]')"
+        return f"OpenVINO is not installed ({install_command('openvino')})"
     if dtype not in (torch.bfloat16, torch.float32):
         return f"OpenVINO does not compute in {str(dtype).removeprefix('torch.')}"
     manifest = checkpoint.manifest

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gteopt.config.recipe import LayerScheme
 from gteopt.encoder.forward import has_known_forward_settings, reads_one_token
-from gteopt.errors import UnsupportedError
+from gteopt.errors import UnsupportedError, install_command
 from gteopt.formats.packed import ReadLayer
 from gteopt.kernels.cpu import activation_bits, multiplies_bfloat16, signed_codes
 from gteopt.model.families import Pooling
@@ -207,7 +207,7 @@ def _library() -> Any:
         import openvino
     except ImportError as error:
         raise UnsupportedError(
-            "backend openvino needs OpenVINO: pip install 'gteopt[openvino]'"
+            f"backend openvino needs OpenVINO: {install_command('openvino')}"
         ) from error
     return openvino
 

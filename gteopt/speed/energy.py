@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gteopt.errors import install_command
+
 _COUNTED_S = 2.0
 """How long calls are repeated: much longer than the time between two updates of NVML's counter."""
 
@@ -56,7 +58,7 @@ def open_energy_meter(device: torch.device) -> EnergyMeter:
         import pynvml
     except ImportError:
         return EnergyMeter(
-            None, 'energy needs nvidia-ml-py, which is not installed: pip install "gteopt[energy]"'
+            None, f"energy needs nvidia-ml-py, which is not installed: {install_command('energy')}"
         )
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import shutil
+import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,8 +21,11 @@ from gteopt.config.plan import load_plan
 from gteopt.config.policy import load_policy
 from gteopt.config.recipe import load_recipe
 from gteopt.config.yaml_files import read_yaml
-from gteopt.errors import InputError
+from gteopt.errors import InputError, install_command
 from gteopt.evaluation.suites import Suite
+from gteopt.paths import ASSETS
+
+PACKAGE = ASSETS.parent
 
 
 def table() -> Table:
@@ -72,3 +79,23 @@ def test_init_writes_files_that_are_valid(
     assert "Next: gteopt run my-plan.yaml" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"my-plan.yaml exists"):
         init("plan")
+
+
+def test_the_command_that_installs_an_extra_is_copied_into_a_shell_as_it_stands(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "gteopts").touch()  # the bare pattern gteopt[serve] matches this name
+    argument = install_command("serve").removeprefix("pip install ")
+    for shell in filter(shutil.which, ("bash", "zsh")):
+        line = f"printf %s {argument}"
+        printed = subprocess.run([shell, "-c", line], cwd=tmp_path, capture_output=True, text=True)
+        assert printed.stdout == "gteopt[serve]"
+
+
+def test_each_message_about_an_extra_takes_its_command_from_one_place() -> None:
+    sources = {path for path in PACKAGE.rglob("*.py") if "gteopt[" in path.read_text()}
+    assert sources == {PACKAGE / "errors.py"}
+    text = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    named = set(re.findall(r"install_command\(['\"](\w+)", text))
+    extras = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    assert named <= set(extras["optional-dependencies"])
