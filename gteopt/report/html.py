@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from gteopt.config.policy import Policy
 from gteopt.paths import ASSETS
-from gteopt.records.bench import BenchReport
+from gteopt.records.bench import HOSTED_PRICE, BenchReport
 from gteopt.records.evaluation import FidelityReport, ItemComparison
 from gteopt.records.files import write_atomically
 from gteopt.records.results_folder import Results
@@ -341,10 +341,10 @@ def _cost_heading(bench: BenchReport, name: str) -> str:
     """A variant's heading, with the figures that are equal for all its workloads."""
     variant = bench.variants[name]
     read = variant.latency.weight_gb_per_s
-    query = f"one query reads {read:.1f} GB/s, " if read is not None else ""
+    query = f"one query reads weights at {read:.1f} GB/s; " if read is not None else ""
     rent = index_rent(bench, name)
     monthly = "" if rent is None else f", ${rent:.2f} a month in memory"
-    size = f"{variant.index_bytes_per_million / 1e9:.2f} GB per million documents"
+    size = f"a million vectors take {variant.index_bytes_per_million / 1e9:.2f} GB"
     return (
         f'<th scope="rowgroup" rowspan="{len(variant.throughput)}">{escape(name)}'
         f"<small>{query}{size}{monthly}</small></th>"
@@ -370,9 +370,12 @@ interval. Without scores, it is the share of nearest neighbours kept. The baseli
 the pick is a star. An arrow at the edge is a variant far below the others; its value is in the
 legend. The dotted line is the Pareto front of the intervals’ lower ends. Point at a marker to see
 its figures. Click a name in the legend to hide the variant."""
-_COST = """Throughput counts tokens without padding, from token ids to vectors. The share of peak
-is relative to the fastest matrix product that was measured on this device. The last column is the
-hourly price at which a million tokens cost as much as with the hosted model."""
+_COST = f"""The workload 32x128 is a batch of 32 texts of 128 tokens. Throughput counts tokens
+without padding, from token ids to vectors. The share of peak is relative to the fastest matrix
+product that was measured on this device. The last column is the hourly price of a machine at which
+a million tokens cost ${HOSTED_PRICE}. That is a listed price of gte-Qwen2-7B-instruct as a hosted
+model. Below each name are the speed at which one query reads the weights, and the size of a million
+vectors."""
 _FIDELITY = """How close a variant’s vectors and rankings are to the baseline’s. These figures need
 no labels, and they change earlier than task scores."""
 _TASKS = """Each cell has the main score in %, and below it the share of the baseline’s score that
