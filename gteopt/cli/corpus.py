@@ -418,8 +418,8 @@ def _show_estimate(estimate: EmbedEstimate, *, as_json: bool) -> None:
         print_json(estimate.model_dump())
         return
     stdout.print(
-        f"{estimate.n_rows:,} rows in {estimate.n_shards:,} shards, {estimate.n_tokens:,} tokens "
-        f"(+- {estimate.n_tokens_error:,}, from {estimate.n_sampled:,} rows)",
+        f"{estimate.n_rows:,} rows, {estimate.n_tokens:,} tokens (± {estimate.n_tokens_error:,}, "
+        f"counted in {estimate.n_sampled:,} rows); shards: {estimate.n_shards:,}",
         soft_wrap=True,
     )
     cost = "" if estimate.dollars is None else f", ${estimate.dollars:,.2f}"

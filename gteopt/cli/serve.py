@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gteopt.cli.names import check_model_name
 from gteopt.cli.options import (
     LIMITS,
     LISTEN,
@@ -117,10 +118,13 @@ def serve(
         check_server_installed,
         configure_server_logs,
         open_token_decoder,
+        parse_served_sources,
     )
     from gteopt.commands.serve import serve as serve_until_stopped
 
     check_server_installed()
+    for source in parse_served_sources(artifacts).values():
+        check_model_name(source)
     # Passes have some hundred shapes; oneDNN caches compiled kernels for 1,024 by default.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     from gteopt.server.keys import read_api_keys

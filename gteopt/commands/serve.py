@@ -253,7 +253,9 @@ def parse_served_sources(sources: Sequence[str]) -> dict[str, str]:
             )
         by_name[name] = source
     if not by_name:
-        raise InputError("name an artifact to serve: gteopt serve artifacts/demo/gptq-int4")
+        raise InputError(
+            "name an artifact to serve: gteopt serve artifacts/demo/variants/gptq-int4"
+        )
     return by_name
 
 

@@ -76,7 +76,9 @@ def estimate_embedding(
     lengths = np.array([len(token_ids) for token_ids in tokens], np.float64)
     n_rows = job.plan.n_rows
     mean = float(lengths.mean()) if len(lengths) else 0.0
-    error = _Z * float(lengths.std(ddof=1)) / len(lengths) ** 0.5 if len(lengths) > 1 else 0.0
+    unseen = max(0.0, 1 - len(lengths) / max(1, n_rows))  # correction for a finite population
+    spread = float(lengths.std(ddof=1)) if len(lengths) > 1 else 0.0
+    error = _Z * spread * (unseen / max(1, len(lengths))) ** 0.5
     window = options.batch_size * _BATCHES_OF_A_WINDOW
     n_done, began, seconds = 0, time.monotonic(), 0.0
     # The first window is a warm-up: it is not counted.

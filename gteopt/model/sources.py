@@ -55,6 +55,10 @@ def resolve_source(
         return ModelSource(Path(source), Path(source).resolve().name, revision)
     if Path(source).is_file():
         raise InputError(f"{source} is a file; give the folder of a model")
+    if "/" in source and not is_hub_id:
+        raise InputError(
+            f"there is no folder {source}; give an existing folder, {NANO} or ORG/NAME"
+        )
     if hub_dir is not None:
         present = sorted(p.relative_to(hub_dir).as_posix() for p in hub_dir.glob("*/*"))
         raise InputError(

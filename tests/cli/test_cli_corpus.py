@@ -65,6 +65,7 @@ def test_json_is_an_event_a_line_and_a_dry_run_embeds_nothing(call: Call, tmp_pa
     nano = gteopt.load("nano", device="cpu")
     assert code == 0
     assert estimate["n_tokens"] == sum(nano.tokenization.lengths(TEXTS))
+    assert estimate["n_tokens_error"] == 0  # every row was counted
     assert estimate["dollars"] == pytest.approx(3 * estimate["hours"])
     assert estimate["n_bytes"] == len(TEXTS) * nano.dims * 4
     assert not (tmp_path / "v" / "data").exists()

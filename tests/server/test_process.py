@@ -129,6 +129,7 @@ def test_a_port_in_use_is_said_before_anything_is_loaded() -> None:
     ("arguments", "says"),
     [
         (["nano", "nano"], "two artifacts are named 'nano'"),
+        (["small=nano", "big=no/such/folder"], "there is no folder no/such/folder; give"),
         (["nano", "--api-keys", "no/such/file"], "--api-keys no/such/file: cannot be read"),
         (["nano", "--decode-tokens", "cl100k"], "did you mean cl100k_base"),
         (["nano", "--host", "203.0.113.7", "--api-keys", __file__], "--api-keys .*\\n.*line 1:"),
