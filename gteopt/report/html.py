@@ -54,6 +54,7 @@ from gteopt.report.rows import (
     FIDELITY,
     LIMITS,
     MISSING,
+    PRICE_OPTION,
     Row,
     failure_sentences,
     fidelity_cells,
@@ -243,8 +244,14 @@ def _trade_section(results: Results, lines: Sequence[Row]) -> Iterator[str]:
         )
 
 
+_STATUS = {
+    "◦ Pareto front": "No other variant that keeps the limits is at least as good in everything "
+    "that the policy judges, and better in something."
+}
+
+
 def _glossary() -> str:
-    terms = facts_markup({column.title: column.meaning for column in COLUMNS})
+    terms = facts_markup({column.title: column.meaning for column in COLUMNS} | _STATUS)
     return f"<details><summary>What the columns mean</summary>{terms}</details>"
 
 
@@ -296,7 +303,8 @@ def _variants_table(lines: Sequence[Row], policy: Policy | None) -> str:
             value = getattr(row, column.attribute)
             sort_key = "" if value is None else f"{value:.10g}"
             cells += f'<td data-value="{sort_key}">{escape(column.text(row))}{below}</td>'
-        verdict = escape(row_status_line(row))
+        # A number stays on one line with its unit.
+        verdict = escape(row_status_line(row)).replace(" %", "&nbsp;%")
         body += (
             f'<tr class="{row_status_class(row)}"><th scope="row" data-value="{escape(row.name)}">'
             f"<div>{escape(row.name)}<small>{verdict}</small></div></th>{cells}</tr>"
@@ -334,7 +342,10 @@ def _cost_table(bench: BenchReport) -> str:
         f"<tbody>{body}</tbody></table>"
     )
     note = limits_note(bench)
-    return f"{scroll_markup('Speed and cost', table)}<p>{escape(note[0].upper() + note[1:])}.</p>"
+    about = escape(note[0].upper() + note[1:]).replace(
+        PRICE_OPTION, f'<code class="option">{PRICE_OPTION}</code>'
+    )
+    return f"{scroll_markup('Speed and cost', table)}<p>{about}.</p>"
 
 
 def _cost_heading(bench: BenchReport, name: str) -> str:

@@ -75,12 +75,16 @@ def _megabytes_of(row: Row, baseline: Row) -> str:
     return f"{format_megabytes(row.weight_bytes)} MB, not {format_megabytes(baseline.weight_bytes)}"
 
 
+_LIMITS = """A pick must keep every limit. Retention is the share of the baseline’s score that a
+variant keeps. Neighbour overlap is the share of the baseline’s 10 nearest neighbours that stay."""
+
+
 def limits_section(choice: Choice | None) -> str:
     """The policy's limits with the figures of each candidate; empty without limits."""
     if choice is None or not choice.policy.limits:
         return ""
     title = f"Limits of the policy {escape(choice.policy.name)}"
-    return section_markup("limits", title, "", _limits_table(choice))
+    return section_markup("limits", title, _LIMITS, _limits_table(choice))
 
 
 def use_section(choice: Choice | None, folder: str, artifacts: Mapping[str, str]) -> str:

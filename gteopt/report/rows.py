@@ -207,11 +207,14 @@ def index_rent(report: BenchReport, name: str) -> float | None:
     return index_cost_per_month(report.price_per_hour, n_bytes, report.machine.memory_bytes)
 
 
+PRICE_OPTION = "--price-per-hour"
+
+
 def limits_note(report: BenchReport) -> str:
     """The basis of the table of limits: peaks, prices and energy."""
     peaks = ", ".join(f"{kind} {value:,.0f}" for kind, value in report.peak_gflops.items())
     price_note = (
-        "no costs without a price (--price-per-hour)"
+        f"no costs without a price ({PRICE_OPTION})"
         if report.price_per_hour is None
         else f"costs at ${report.price_per_hour:g} an hour; an index of a million vectors costs "
         f"its share of {decimal(report.machine.memory_bytes, precision=1)} of memory, for "

@@ -88,7 +88,9 @@ def _mean_cell(report: EvalReport) -> str:
 def _about_means(report: EvalReport) -> str:
     return (
         f"The line of means has the difference from the baseline in points, its 95 % paired "
-        f"bootstrap interval, and the verdict for a margin of {score_points(report.margin)}."
+        f"bootstrap interval, and the verdict for a margin of {score_points(report.margin)}. "
+        f"Equivalent means that the interval lies within the margin. Undecided means that the "
+        f"interval is too wide for any other verdict; more data would narrow it."
     )
 
 

@@ -53,7 +53,9 @@ def open_energy_meter(device: torch.device) -> EnergyMeter:
     also numbers GPUs that CUDA_VISIBLE_DEVICES hides.
     """
     if device.type != "cuda" or torch.version.cuda is None:
-        return EnergyMeter(None, f"energy is counted on NVIDIA GPUs only, this is a {device.type}")
+        kind = "a CPU" if device.type == "cpu" else f"of the type {device.type}"
+        source = f"energy is counted on NVIDIA GPUs only, and this device is {kind}"
+        return EnergyMeter(None, source)
     try:
         import pynvml
     except ImportError:
