@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import html
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,4 +275,8 @@ def test_the_page_shows_what_is_served(short: Running, tmp_path: Path) -> None:
     )
     assert "short" in ran.stdout.partition("<tbody>")[2].partition("</tbody>")[0], ran.stderr
     assert "128, 64, 32" in ran.stdout
-    assert short.url in ran.stdout.partition('id="example"')[2]
+    example = html.unescape(ran.stdout.partition('id="example">')[2].partition("</pre>")[0])
+    assert short.url in example
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert len(names["client"].embeddings.create(model="short", input=["a text"]).data) == 1
