@@ -78,6 +78,7 @@ def report(
     """
     from gteopt.commands.choose import write_choice_page, write_comparison_page
     from gteopt.records.results_folder import read_results
+    from gteopt.report.pick import use_lines
 
     style = choose_output_style(as_json, as_csv, as_markdown)
     if other is not None:
@@ -90,7 +91,7 @@ def report(
     results = read_results(results_dir)
     path = write_choice_page(results_dir, results)
     show_results(results, style, folder=results_dir)
-    if style == "table":
+    if style == "table" and not use_lines(results, results_dir):  # they name the page, too
         stdout.print(f"Report: {path}", soft_wrap=True)
 
 

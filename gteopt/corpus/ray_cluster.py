@@ -62,7 +62,8 @@ def join_cluster(address: str, *, device: str, n_threads: int) -> RayCluster:
         except (ConnectionError, ValueError) as error:
             raise InputError(
                 f"--ray {address}: no Ray cluster answers there; start one with `ray start "
-                f"--head`, and `ray start --address=HOST:6379` on every other machine"
+                f"--head`, and `ray start --address=HOST:6379` on every other machine; or give "
+                f"--ray local, which starts one on this machine alone"
             ) from error
     resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     n_gpus = sum(int(node.get("GPU", 0)) for node in resources)
