@@ -7,6 +7,7 @@ an actor or a node is lost, Ray Data gives its unfinished shards to another acto
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,8 @@ def embed_on_ray(
             raise UnsupportedError(f"--ray needs Ray Data: {install_command('ray')}") from error
         joined = join_cluster(address, device=device, n_threads=cpus)
         ray.data.DataContext.get_current().enable_progress_bars = False
+        if joined.is_ours:
+            _print_errors_only_()
         kind = joined.kind
         claim = {"num_gpus": 1} if kind == "cuda" else {"num_cpus": cpus}
         least, most = actors or (joined.n_places, joined.n_places)
@@ -94,6 +97,13 @@ def embed_on_ray(
             joined.leave()
 
     return embed
+
+
+def _print_errors_only_() -> None:
+    """Keep Ray Data's plans off the terminal; its log file still gets them."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)
 
 
 @contextmanager

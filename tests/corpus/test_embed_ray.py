@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,24 @@ from gteopt.encoder.description import describe_encoder
 from tests.support.embedding import TEXTS, embed_with, folder_bytes, write_jsonl
 
 pytest.importorskip("ray", reason="comes with the ray extra")
+
+
+def test_the_command_starts_a_cluster_of_its_own_and_prints_only_its_own_lines(
+    tmp_path: Path,
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", TEXTS)
+    place = ("--out", str(tmp_path / "ray"), "--device", "cpu", "--ray", "local", "--actors", "1")
+    ran = subprocess.run(
+        [sys.executable, "-m", "gteopt", "embed", str(corpus), "--model", "nano", *place],
+        capture_output=True,
+        text=True,
+        timeout=500,
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "40 rows = 40 embedded" in ran.stdout
+    assert "Execution plan" not in ran.stderr
+    assert "Progress bars disabled" not in ran.stderr
 
 
 def test_a_cluster_that_loses_a_node_leaves_the_bytes_of_one_process(
