@@ -335,8 +335,8 @@ def describe_artifact(folder: Path) -> Checkpoint:
         InputError: the folder is not an artifact, or a setting has a wrong type.
         IntegrityError: the manifest or a file of settings is damaged.
     """
-    source = ModelSource(folder, folder.resolve().name, None)
-    return _describe(source, read_manifest(folder), None, weights=False)
+    source = ModelSource(folder, folder.resolve().name, None, has_weights=False)
+    return _describe(source, read_manifest(folder), None)
 
 
 def _checked(source: ModelSource) -> AbstractContextManager[Manifest | None]:
@@ -348,9 +348,7 @@ def _checked(source: ModelSource) -> AbstractContextManager[Manifest | None]:
     return verify_while_reading(source.folder)
 
 
-def _describe(
-    source: ModelSource, manifest: Manifest | None, family: str | None, *, weights: bool = True
-) -> Checkpoint:
+def _describe(source: ModelSource, manifest: Manifest | None, family: str | None) -> Checkpoint:
     folder, identifier = source.folder, source.id
     if (folder / "adapter_config.json").is_file():
         find_weight_files(folder, None)  # its error says how to merge an adapter
@@ -362,10 +360,8 @@ def _describe(
     config, latent = unnest_config(config, folder)
     _check_remote_code(identifier, remote_code | set(st.remote), known, notes)
     weights_folder = folder if st.table is None else folder / st.table.path
-    weight_files, tensors, stored_bytes = (
-        _weights(source, weights_folder, manifest, notes) if weights else ((), {}, 0)
-    )
-    if st.table is not None and weights:
+    weight_files, tensors, stored_bytes = _weights(source, weights_folder, manifest, notes)
+    if st.table is not None and source.has_weights:
         config = (config if manifest is not None else {}) | config_of_table(weights_folder, tensors)
     check_config(config, folder / "config.json", len(tensors))
     _note_quantized(config, manifest, notes)
@@ -449,6 +445,8 @@ def _weights(
     source: ModelSource, folder: Path, manifest: Manifest | None, notes: list[str]
 ) -> tuple[tuple[Path, ...], dict[str, tuple[int, ...]], int]:
     """Weight files, the shapes in them and their bytes; remote weights have no files."""
+    if not source.has_weights:
+        return (), {}, 0
     if source.remote is None:
         files = find_weight_files(folder, manifest)
         if files == (folder / SINGLE,) and (folder / INDEX).is_file():

@@ -30,12 +30,14 @@ class ModelSource:
         id: the name to record.
         revision: as in `Checkpoint`.
         remote: the headers of weights that are not in the folder; None if the weights are there.
+        has_weights: False for a folder whose weights are left alone.
     """
 
     folder: Path
     id: str
     revision: str | None
     remote: hub.RemoteTensors | None = None
+    has_weights: bool = True
 
 
 def resolve_source(
