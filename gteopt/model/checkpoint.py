@@ -59,10 +59,8 @@ from gteopt.model.st_files import (
 from gteopt.model.weight_files import INDEX, SINGLE, find_weight_files, read_weight_headers
 from gteopt.records.manifest import Manifest
 
-__all__ = [
-    *("NANO", "VECTOR_MODULES", "Checkpoint", "describe_artifact"),
-    *("open_checkpoint", "opening_checkpoint"),
-]
+__all__ = ["NANO", "VECTOR_MODULES", "Checkpoint", "describe_artifact"]
+__all__ += ["open_checkpoint", "opening_checkpoint"]
 VECTORS_FILE = "vectors.safetensors"
 LATENT_FILE = "pooling.safetensors"
 """The file of an artifact with the tensors of a latent-attention pooling."""
