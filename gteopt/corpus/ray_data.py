@@ -56,10 +56,7 @@ def embed_on_ray(
     """
 
     def embed(task: EmbedTask, shards: Sequence[RowRange]) -> Iterator[ShardDone]:
-        try:
-            import ray.data
-        except ImportError as error:
-            raise UnsupportedError(f"--ray needs Ray Data: {install_command('ray')}") from error
+        ray = _import_ray()
         joined = join_cluster(address, device=device, n_threads=cpus)
         ray.data.DataContext.get_current().enable_progress_bars = False
         if joined.is_ours:
@@ -99,6 +96,14 @@ def embed_on_ray(
     return embed
 
 
+def _import_ray() -> Any:
+    try:
+        import ray.data
+    except ImportError as error:
+        raise UnsupportedError(f"--ray needs Ray Data: {install_command('ray')}") from error
+    return ray
+
+
 def _print_errors_only_() -> None:
     """Keep Ray Data's plans off the terminal; its log file still gets them."""
     for handler in logging.getLogger("ray.data").handlers:
@@ -118,7 +123,10 @@ def open_ray_cluster(address: str, device: str = "auto") -> Iterator[Literal["cu
         UnsupportedError: see `embed_on_ray`.
         InputError: see `embed_on_ray`.
     """
+    _import_ray()
     joined = join_cluster(address, device=device, n_threads=1)
+    if joined.is_ours:
+        _print_errors_only_()
     try:
         yield "cuda" if joined.kind == "cuda" else "cpu"
     finally:
