@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache, partial
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, Literal, cast
 
@@ -30,6 +29,7 @@ from gteopt.kernels.cpu_int4 import Int4LinearCpu
 from gteopt.kernels.measured import DETERMINISTIC, KernelWays, MeasuredLayer
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight
+from gteopt.quant.triton_devices import runs_triton
 
 Product = Literal["int8", "int8 static", "int8 outliers", "fp8", "4-bit", "weights"]
 """What a scheme multiplies: 8-bit numbers on both sides, 4-bit weights, or any other weights with
@@ -168,16 +168,8 @@ def arithmetic_name(device: torch.device, ways: KernelWays = DETERMINISTIC) -> s
 
 @lru_cache
 def gpu_kernels(device: torch.device) -> ModuleType | None:
-    """`kernels.cuda` for a GPU that supports it; None otherwise.
-
-    It needs tensor cores for 8-bit and 16-bit types, and Triton, which torch installs on Linux
-    only.
-    """
-    if device.type != "cuda" or torch.version.cuda is None or find_spec("triton") is None:
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return None
-    return import_module("gteopt.kernels.cuda")
+    """`kernels.cuda` for a GPU that supports it; None otherwise."""
+    return import_module("gteopt.kernels.cuda") if runs_triton(device) else None
 
 
 def speed_up_linears_(module: nn.Module, device: torch.device) -> None:

@@ -17,16 +17,12 @@ from gteopt.config.recipe import LayerScheme
 from gteopt.errors import NumericsError
 from gteopt.quant.affine import QuantizedWeight, ratio_db, round_to_grid
 from gteopt.quant.double_quantization import quantize_scale
-from gteopt.quant.grid import decode, encode, group_width
+from gteopt.quant.columns import Columns, round_in_halves, round_one_by_one
+from gteopt.quant.grid import group_width
 from gteopt.quant.grid_search import fit_grids, search_bytes
 from gteopt.quant.inverse_factor import InverseFactor, factor_bytes, factorise_inverse
-from gteopt.quant.products import (
-    add_product_,
-    inverse_order,
-    quadratic_forms,
-    row_spans,
-    times_inverse,
-)
+from gteopt.quant.products import inverse_order, quadratic_forms, row_spans, times_inverse
+from gteopt.quant.triton_devices import runs_triton
 
 _ROW_WEIGHTS = 1 << 25
 """How many weights have their errors computed at a time."""
@@ -44,7 +40,7 @@ class GptqOptions:
             1 / [H^-1]_ii (see `InverseFactor.importance`).
         gptaq_strength: share of GPTAQ's correction that is applied, 0 to 1.
         block_size: columns that are rounded one by one before a matrix product updates later
-            columns. It changes speed, not codes.
+            columns. It changes speed, not codes. The kernel for GPUs has its own number.
     """
 
     act_order: bool = True
@@ -211,54 +207,31 @@ def _output_power(weight: Tensor, hessian: Tensor) -> float:
 def _round_columns(
     weight: Tensor, factor: InverseFactor, grid: QuantizedWeight, block_size: int
 ) -> Tensor:
-    """GPTQ's loop (Algorithm 1) as a recursion over halves of the columns: uint8 codes [O, I].
-
-    One half is rounded, a matrix product corrects the other half, and then that half is rounded. So
-    nearly all of the work is in large products. In `work`, the errors of rounded columns replace
-    the columns.
+    """GPTQ's loop (Algorithm 1): uint8 codes [O, I].
 
     Args:
         weight: float32 [O, I].
         factor: factor of the inverse Hessian.
         grid: scales and zero points; its codes are ignored.
-        block_size: spans of at most so many columns are rounded column by column.
+        block_size: see `GptqOptions`.
     """
-    n_features = weight.shape[1]
-    width = group_width(n_features, grid.scheme.group_size)
-    group = (factor.order // width).tolist()
-    steps, offsets = grid.scale.float().T.contiguous(), grid.zero.float().T.contiguous()  # [G, O]
     work = weight.index_select(1, factor.order)
-    codes = torch.empty_like(work, dtype=torch.uint8)
-    upper = factor.upper
+    columns = Columns(
+        work=work,
+        codes=torch.empty_like(work, dtype=torch.uint8),
+        upper=factor.upper,
+        group=factor.order // group_width(weight.shape[1], grid.scheme.group_size),
+        steps=grid.scale.float().T.contiguous(),
+        offsets=grid.zero.float().T.contiguous(),
+        scheme=grid.scheme,
+    )
+    if runs_triton(weight.device):
+        from gteopt.quant.cuda_columns import PANEL, round_panel
 
-    def round_block(start: int, end: int) -> None:
-        """Round columns one by one; each is corrected for the errors of the columns before it."""
-        columns = work[:, start:end].T.contiguous()  # [n, O]: a column is contiguous in memory
-        rounded = torch.empty_like(columns, dtype=torch.uint8)
-        corner = upper[start:end, start:end].T.contiguous()
-        for i, column in enumerate(columns):
-            if i:
-                column.addmv_(columns[:i].T, corner[i, :i], alpha=-1)
-            step, offset = steps[group[start + i]], offsets[group[start + i]]
-            code = encode(column, step, offset, grid.scheme)
-            rounded[i] = code
-            column.sub_(decode(code, step, offset, grid.scheme)).div_(corner[i, i])
-        work[:, start:end] = columns.T
-        codes[:, start:end] = rounded.T
-
-    def round_span(start: int, end: int) -> None:
-        if end - start <= block_size:
-            round_block(start, end)
-            return
-        n_blocks = -(-(end - start) // block_size)
-        middle = start + block_size * (n_blocks // 2)
-        round_span(start, middle)
-        below = upper[start:middle, middle:end].contiguous().T
-        add_product_(work[:, middle:end], work[:, start:middle], below, alpha=-1)
-        round_span(middle, end)
-
-    round_span(0, n_features)
-    return codes.index_select(1, inverse_order(factor.order))
+        round_in_halves(columns, PANEL, round_panel)
+    else:
+        round_in_halves(columns, block_size, round_one_by_one)
+    return columns.codes.index_select(1, inverse_order(factor.order))
 
 
 def _better_rows(
