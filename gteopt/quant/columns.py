@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from gteopt.config.recipe import LayerScheme
-from gteopt.quant.grid import decode, encode
+from gteopt.quant.affine import QuantizedWeight
+from gteopt.quant.grid import decode, encode, group_width
+from gteopt.quant.inverse_factor import InverseFactor
 from gteopt.quant.products import add_product_
 
 
@@ -39,9 +41,29 @@ class Columns:
     offsets: Tensor
     scheme: LayerScheme
 
+    @staticmethod
+    def of(weight: Tensor, factor: InverseFactor, grid: QuantizedWeight) -> Columns:
+        """The columns of a weight before the first is rounded.
+
+        Args:
+            weight: float32 [O, I]; copied.
+            factor: factor of the inverse Hessian.
+            grid: scales and zero points; its codes are ignored.
+        """
+        work = weight.index_select(1, factor.order)
+        return Columns(
+            work=work,
+            codes=torch.empty_like(work, dtype=torch.uint8),
+            upper=factor.upper,
+            group=factor.order // group_width(weight.shape[1], grid.scheme.group_size),
+            steps=grid.scale.float().T.contiguous(),
+            offsets=grid.zero.float().T.contiguous(),
+            scheme=grid.scheme,
+        )
+
 
 PanelRounding = Callable[[Columns, int, int], None]
-"""Rounds the columns from start to end in place. They are corrected for all columns before start."""
+"""Rounds the columns from start to end in place, once they are corrected for those before start."""
 
 
 def round_in_halves(columns: Columns, panel_width: int, round_panel: PanelRounding) -> None:

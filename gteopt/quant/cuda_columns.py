@@ -113,15 +113,16 @@ def _e4m3_code(shares):
 
 @triton.jit
 def _code(shares, offset, sizes, numbers, FORMAT: tl.constexpr):
-    """`grid.encode` of values in units of the scale: int32. NaN gets the code that it gets there."""
+    """`grid.encode` of values in units of the scale, int32; the same codes for NaN, too."""
     if FORMAT == "e4m3":
         within = tl.minimum(tl.maximum(shares, sizes.lowest), sizes.highest)
         code = _e4m3_code(tl.where(shares == shares, within, shares))  # the clamp drops a NaN
     elif FORMAT == "nf4":
         number = tl.where(shares == shares, shares, 0.0)
         code = tl.zeros(shares.shape, tl.int32)
-        for boundary in tl.static_range(15):
-            code += (number > tl.load(numbers + 16 + boundary)).to(tl.int32)
+        for bit in tl.static_range(3, -1, -1):  # binary search among the 15 boundaries
+            boundary = tl.load(numbers + 16 + code + (1 << bit) - 1)
+            code += (number > boundary).to(tl.int32) << bit
     else:
         moved = _rounded(shares) + offset
         within = tl.minimum(tl.maximum(moved, sizes.lowest), sizes.highest)
@@ -130,10 +131,8 @@ def _code(shares, offset, sizes, numbers, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def _panel_kernel(
-    tensors, sizes, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """One program: ROWS rows of the panel, which stay in registers while its columns are rounded."""
+def _panel_kernel(tensors, sizes, FORMAT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """One program: ROWS rows of the panel, in registers until all their columns are rounded."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     at = tl.arange(0, COLUMNS)
     is_row = row < sizes.n_rows

@@ -16,9 +16,8 @@ from torch import Tensor
 from gteopt.config.recipe import LayerScheme
 from gteopt.errors import NumericsError
 from gteopt.quant.affine import QuantizedWeight, ratio_db, round_to_grid
-from gteopt.quant.double_quantization import quantize_scale
 from gteopt.quant.columns import Columns, round_in_halves, round_one_by_one
-from gteopt.quant.grid import group_width
+from gteopt.quant.double_quantization import quantize_scale
 from gteopt.quant.grid_search import fit_grids, search_bytes
 from gteopt.quant.inverse_factor import InverseFactor, factor_bytes, factorise_inverse
 from gteopt.quant.products import inverse_order, quadratic_forms, row_spans, times_inverse
@@ -215,16 +214,7 @@ def _round_columns(
         grid: scales and zero points; its codes are ignored.
         block_size: see `GptqOptions`.
     """
-    work = weight.index_select(1, factor.order)
-    columns = Columns(
-        work=work,
-        codes=torch.empty_like(work, dtype=torch.uint8),
-        upper=factor.upper,
-        group=factor.order // group_width(weight.shape[1], grid.scheme.group_size),
-        steps=grid.scale.float().T.contiguous(),
-        offsets=grid.zero.float().T.contiguous(),
-        scheme=grid.scheme,
-    )
+    columns = Columns.of(weight, factor, grid)
     if runs_triton(weight.device):
         from gteopt.quant.cuda_columns import PANEL, round_panel
 

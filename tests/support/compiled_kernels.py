@@ -7,7 +7,10 @@ interprets.
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from gteopt.kernels import cuda, cuda_int4, cuda_int8, cuda_tokens
+from gteopt.quant import cuda_columns
 
 SIGNATURES = {
     "_quantize_kernel": {
@@ -73,6 +77,8 @@ def compiled(capability: int) -> Iterator[dict[str, Any]]:
     yield _compile("_sum_kernel", {"HAS_BIAS": True, "BLOCK": 1024}, 4, 3, capability)
     yield _compile("_gate_kernel", {"BLOCK": 1024}, 4, 3, capability)
     yield _compile("_rotate_kernel", {"HEADS": 32, "HALF": 64}, 4, 3, capability)
+    for number_format in ("int", "nf4", "e4m3"):
+        yield _compile_panel(number_format, capability)
 
 
 def _compile(
@@ -96,17 +102,59 @@ def _compile(
         if pointers.get(argument, "").startswith("*") or argument in ("n_inputs", "n_outputs")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": n_warps, "num_stages": n_stages}
+    return _facts(name, source, {"num_warps": n_warps, "num_stages": n_stages}, capability)
+
+
+def _compile_panel(number_format: str, capability: int) -> dict[str, Any]:
+    """The kernel that rounds a panel of columns; its arguments are in two tuples."""
+    is_int = number_format == "int"  # then there is no table of numbers
+    types: Any = (
+        ("*fp32", "*u8", "*fp32", "*i64", "*fp32", "*fp32", "constexpr" if is_int else "*fp32"),
+        ("i32", "i32", "i32", "i32", "fp32", "fp32"),
+    )
+    signature = {
+        "tensors": cuda_columns._Tensors(*types[0]),
+        "sizes": cuda_columns._Sizes(*types[1]),
+        **dict.fromkeys(("FORMAT", "ROWS", "COLUMNS"), "constexpr"),
+    }
+    constants: dict[Any, Any] = {
+        "FORMAT": number_format, "ROWS": cuda_columns._ROWS, "COLUMNS": cuda_columns.PANEL
+    }  # fmt: skip
+    if is_int:
+        constants[0, 6] = None
+    places = [(0, i) for i in range(6 if is_int else 7)] + [(1, i) for i in range(4)]
+    aligned = {place: [["tt.divisibility", 16]] for place in places}
+    source = ASTSource(
+        fn=cuda_columns._panel_kernel, signature=signature, constexprs=constants, attrs=aligned
+    )
+    return _facts("_panel_kernel", source, {"num_warps": 1}, capability)
+
+
+def _facts(
+    name: str, source: ASTSource, options: Mapping[str, int], capability: int
+) -> dict[str, Any]:
+    """Compile a kernel and count what its machine code needs."""
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = binary.asm["ptx"]
     return {
         "kernel": name,
         "shared_bytes": binary.metadata.shared,
+        "registers": _registers(binary.asm["cubin"]),
         "tensor_core_products": ptx.count("wgmma.mma_async") + ptx.count("mma.sync"),
         "copies": ptx.count("cp.async.bulk.tensor"),
         "int8_products": ptx.count(".s32.s8.s8"),
         "spills": ptx.count("st.local"),
     }
+
+
+def _registers(machine_code: bytes) -> int:
+    """Registers of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(machine_code)
+        file.flush()
+        program = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.check_output([program, "--dump-resource-usage", file.name], text=True)
+    return int(re.findall(r"REG:(\d+)", usage)[0])
 
 
 if __name__ == "__main__":
