@@ -4,10 +4,12 @@ Each solver runs in a separate process with one thread, so that its CPU time is 
 is the package at another revision, unpacked from git into a temporary folder. Solvers take turns,
 and the least CPU time of each counts, because other work can only lengthen a run. All solvers get
 the same random inputs, with a decaying spectrum and a few large features, as in transformers.
+A GPU solves each matrix twice, and the second time counts, because the first compiles kernels.
 
     python benchmarks/solver.py --against eda514f        # both matrices, int4 and NF4
     python benchmarks/solver.py --against eda514f --shapes 3584x3584 --profile
     python benchmarks/solver.py --block                  # all layers of a 7B block
+    python benchmarks/solver.py --block --device cuda    # on a GPU: time by the clock
 
 Peers run in another environment, whose Python --peer-python names. If GPTQModel's package refuses
 this torch, --peer-path names a folder with its source. All libraries then solve the same problem:
@@ -72,6 +74,8 @@ from gteopt.quant import gptq
 
 recipe = load_recipe(sys.argv[4]).weights
 profile = sys.argv[5] == "profile"
+device = sys.argv[6]
+x, x0, weight = x.to(device), x0.to(device), weight.to(device)
 if sys.argv[5] == "same problem":
     recipe = recipe.model_copy(update={"gptaq_strength": 0.0})
 is_new = hasattr(gptq, "GptqOptions")
@@ -79,37 +83,55 @@ if is_new:
     from gteopt.quant.hessian import HessianAccumulator
 else:
     HessianAccumulator = gptq.HessianAccumulator
-with torch.inference_mode():
-    started = time.process_time()
+
+def clock():
+    # CPU time of this process, or the time when the GPU has done its work.
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+def statistics_of_inputs():
     through = weight if out_features < in_features else None
-    statistics = HessianAccumulator(in_features, through=through)
+    statistics = HessianAccumulator(in_features, through=through, device=device)
     statistics.add(x, x0 if recipe.gptaq_strength else None)
-    hessian = statistics.hessian
-    statistics_s = time.process_time() - started
-    if profile:
-        import cProfile, pstats
-        watch = cProfile.Profile(time.process_time)
-        watch.enable()
-    started = time.process_time()
+    statistics.hessian
+    return statistics
+
+def solved(statistics):
     if is_new:
         options = gptq.GptqOptions(gptaq_strength=recipe.gptaq_strength)
-        result = gptq.solve(weight, hessian, recipe.scheme, options,
+        return gptq.solve(weight, statistics.hessian, recipe.scheme, options,
             cross_term=statistics.cross_term(weight))
-    else:
-        result = gptq.solve(weight, hessian, recipe.scheme, act_order=recipe.act_order,
-            damping=recipe.damping, clip_search=recipe.clip_search, lack=statistics.lack(weight),
-            share=recipe.gptaq_strength)
-    solved_s = time.process_time() - started
+    return gptq.solve(weight, statistics.hessian, recipe.scheme, act_order=recipe.act_order,
+        damping=recipe.damping, clip_search=recipe.clip_search, lack=statistics.lack(weight),
+        share=recipe.gptaq_strength)
+
+with torch.inference_mode():
+    if device != "cpu":
+        solved(statistics_of_inputs())
+        torch.cuda.reset_peak_memory_stats()
+    started = clock()
+    statistics = statistics_of_inputs()
+    statistics_s = clock() - started
+    if profile:
+        import cProfile, pstats
+        watch = cProfile.Profile(clock)
+        watch.enable()
+    started = clock()
+    result = solved(statistics)
+    solved_s = clock() - started
     if profile:
         watch.disable()
         pstats.Stats(watch, stream=sys.stderr).sort_stats("tottime").print_stats(16)
-peak = peak_bytes()
+peak = peak_bytes() if device == "cpu" else torch.cuda.max_memory_allocated()
+unit = "cpu_s" if device == "cpu" else "gpu_s"
 # Error to the output of the original layer for the original inputs, which GPTAQ minimises.
 exact = x0 @ weight.T
 error = x @ result.weight.dequantize().T - exact
 print(json.dumps({
-    "statistics_cpu_s": round(statistics_s, 2),
-    "solve_cpu_s": round(solved_s, 2),
+    f"statistics_{unit}": round(statistics_s, 3),
+    f"solve_{unit}": round(solved_s, 3),
     "output_snr_db": output_snr_db(result.weight.dequantize()),
     "snr_to_original_db": round(
         10 * torch.log10(exact.double().square().sum() / error.double().square().sum()).item(), 3),
@@ -219,15 +241,25 @@ def unpack(revision: str, folder: Path) -> Path:
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The round with the least CPU time."""
-    return min(rows, key=lambda row: row.get("solve_cpu_s", float("inf")))
+    """The round with the least time."""
+    return min(rows, key=lambda row: seconds(row) or float("inf"))
+
+
+def seconds(row: dict[str, Any]) -> float | None:
+    """The solver's CPU seconds, or its seconds on a GPU; None if it failed."""
+    return row.get("solve_cpu_s", row.get("solve_gpu_s"))
 
 
 def beside_peers(sizes: list[str], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Best round of gteopt and of each peer on one matrix and the same problem, in turns."""
     peer_path = options.peer_path or ROOT / "benchmarks"
     solvers = {
-        "gteopt, the same problem": (_OURS, [*sizes, "gptq-int4", "same problem"], ROOT, None),
+        "gteopt, the same problem": (
+            _OURS,
+            [*sizes, "gptq-int4", "same problem", "cpu"],
+            ROOT,
+            None,
+        ),
         **{name: (code, sizes, peer_path, options.peer_python) for name, code in _PEERS.items()},
     }
     tries: dict[str, list[dict[str, Any]]] = {name: [] for name in solvers}
@@ -254,6 +286,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=N_ROWS)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--block", action="store_true", help="all matrices of a 7B block")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda without peers")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--peer-python", help="Python of an environment with the peers")
     parser.add_argument(
@@ -261,6 +294,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    on_gpu = options.device != "cpu"
+    if on_gpu and options.peer_python:
+        parser.error("peers are measured on a CPU; leave out --device or --peer-python")
     shapes = list(BLOCK) if options.block else options.shapes
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -270,7 +306,8 @@ def main() -> None:
         for shape in shapes:
             sizes = [*shape.split("x"), str(options.rows)]
             for recipe in options.recipes:
-                solver_arguments = [*sizes, recipe, "profile" if options.profile else "plain"]
+                mode = "profile" if options.profile else "plain"
+                solver_arguments = [*sizes, recipe, mode, options.device]
                 tries: dict[str, list[dict[str, Any]]] = {name: [] for name in paths}
                 for _ in range(options.rounds):
                     for name, path in paths.items():
@@ -284,17 +321,21 @@ def main() -> None:
     if options.block:
         for name, recipe in {(row["solver"], row["recipe"]) for row in rows}:
             parts = [r for r in rows if (r["solver"], r["recipe"]) == (name, recipe)]
-            if all("solve_cpu_s" in r for r in parts):
-                seconds = sum(BLOCK[r["shape"]] * r["solve_cpu_s"] for r in parts)
-                totals[f"{name} {recipe}"] = round(seconds, 1)
-        print("CPU seconds a block:", totals)
+            times = [(BLOCK[r["shape"]], seconds(r)) for r in parts]
+            if all(time for _, time in times):
+                total = sum(count * (time or 0) for count, time in times)
+                totals[f"{name} {recipe}"] = round(total, 2)
+        print(f"seconds a block on {options.device}:", totals)
     arguments = " ".join(["python", "benchmarks/solver.py", *sys.argv[1:]])
     key = "block" if options.block else "peers" if options.peer_python else "matrices"
+    unit, note = "cpu_s", "two shared cores, busy with other work; CPU time, one thread"
+    if on_gpu:
+        key, unit, note = f"gpu-{key}", "gpu_s", "time by the clock, second run of each matrix"
     content = {
         "command": arguments.replace(str(options.out), options.out.name),
-        "note": "two shared cores, busy with other work; CPU time, one thread",
+        "note": note,
         "rows": rows,
-        "block_cpu_s": totals,
+        f"block_{unit}": totals,
         **conditions(),
     }
     if options.peer_python:

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from gteopt.quant.products import STRIP, add_product_, block_spans, matrix_product
 
+_EXACT = (torch.bfloat16, torch.float16)
+"""Dtypes that a GPU multiplies as they are, many times faster than float32. Their products are
+exact in float32, in which tensor cores add them."""
+
 
 class HessianAccumulator:
     """The running mean of x x^T over the inputs x of one layer, in float32.
@@ -76,16 +80,20 @@ class HessianAccumulator:
         """
         if not len(x):
             return
-        x = x.to(self._sum)
+        x = x.to(self._sum.device)
+        if not (x.is_cuda and x.dtype in _EXACT):
+            x = x.float()
         total = self.n_rows + len(x)
         beta, alpha = self.n_rows / total, 1 / total
         features = x.T  # [I, n], a view; the products copy one strip at a time
         for start, end in block_spans(len(self._sum), STRIP):
             strip = self._sum[start:, start:end]
             add_product_(strip, features[start:], features[start:end], beta=beta, alpha=alpha)
-        self.mean.lerp_(x.mean(0), len(x) / total)
+        self.mean.lerp_(x.mean(0, dtype=torch.float32), len(x) / total)
         self._is_mirrored = False
         if original is not None:
+            x = x.float()  # a difference of 16-bit floats needs more bits
+            features = x.T
             difference = original.to(x) - x
             if self._through is not None:
                 difference = matrix_product(difference, self._through.to(x))  # [n, O]

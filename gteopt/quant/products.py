@@ -54,11 +54,14 @@ def add_product_(target: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha
 
     Args:
         target: [M, N]; may be a view with strides.
-        a: [M, K].
-        b: [N, K].
+        a: [M, K], of the target's dtype. On a GPU it may be of 16 bits for a float32 target.
+        b: [N, K], of the dtype of `a`.
         beta: factor of the target.
         alpha: factor of the product.
     """
+    if a.dtype != target.dtype:
+        target.mul_(beta).add_(torch.mm(a, b.T, out_dtype=target.dtype), alpha=alpha)
+        return
     if a.device.type != "cpu" or a.dtype != torch.float32:
         target.addmm_(a, b.T, beta=beta, alpha=alpha)
         return

@@ -155,12 +155,23 @@ def edge_values(scheme: LayerScheme) -> torch.Tensor:
 def test_every_number_and_tie_is_encoded_as_the_grid_does(
     cuda: ModuleType, scheme: LayerScheme
 ) -> None:
+    """A correction by zero may change the sign of a zero, so both zeros of e4m3 count as one."""
     values = edge_values(scheme)
     padded = torch.nn.functional.pad(values, (0, -len(values) % cuda.PANEL))
     columns = panel_of(padded.view(-1, cuda.PANEL), scheme, upper=torch.eye(cuda.PANEL))
     expected = encode(columns.work, columns.steps[0, 0], columns.offsets[0, 0], scheme)
     cuda.round_panel(columns, 0, cuda.PANEL)
-    assert torch.equal(columns.codes.float(), expected)
+    codes = columns.codes.float()
+    if scheme.number_format == "e4m3":
+        codes, expected = (torch.where(part == 128, 0.0, part) for part in (codes, expected))
+    assert torch.equal(codes, expected)
+
+
+def test_a_negative_zero_keeps_its_sign_as_an_8_bit_float(cuda: ModuleType) -> None:
+    values = torch.tensor([[-0.0], [0.0], [-1e-30]])
+    columns = panel_of(values, SCHEMES["e4m3"], upper=torch.ones(1, 1))
+    cuda.round_panel(columns, 0, 1)
+    assert columns.codes.flatten().tolist() == [128, 0, 128]
 
 
 @over_schemes
