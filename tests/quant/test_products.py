@@ -39,6 +39,20 @@ def test_a_product_is_that_of_float64_in_every_layout_of_its_factors(layout: str
     assert matrix_product(a[:0], b).shape == (0, 90)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_of_16_bit_floats_are_added_in_float32(dtype: torch.dtype) -> None:
+    """A CPU has no such product; without a GPU, only its dtypes and shapes are checked."""
+    device = "cuda" if torch.cuda.is_available() else "meta"
+    a, b = seeded(150, 700).to(dtype), seeded(90, 700, seed=1).to(dtype)
+    target = seeded(150, 180, seed=2)[:, ::2]
+    exact = 0.5 * target.double() - 2 * (a.double() @ b.double().T)
+    summed = target.to(device)
+    add_product_(summed, a.to(device), b.to(device), beta=0.5, alpha=-2)
+    assert (summed.shape, summed.dtype) == (exact.shape, torch.float32)
+    if device == "cuda":
+        assert error(summed.cpu(), exact) < 1e-6
+
+
 def test_half_of_the_work_gives_the_whole_products_of_triangles_and_symmetric_matrices() -> None:
     upper, order = seeded(N, N).triu(), torch.randperm(N, generator=torch.Generator())
     values = seeded(30, N, seed=1)
