@@ -65,7 +65,8 @@ def round_panel(columns: Columns, start: int, end: int) -> None:
         *(work, columns.codes, columns.upper, columns.group, columns.steps, columns.offsets),
         numbers=_numbers(number_format, str(work.device)),
     )
-    sizes = _Sizes(*work.shape, start, end - start, float(lowest), float(highest))
+    n_rows, n_features = work.shape
+    sizes = _Sizes(n_rows, n_features, start, end - start, float(lowest), float(highest))
     on_gpu = torch.cuda.device(work.device) if work.is_cuda else nullcontext()
     with on_gpu:  # Triton launches on the current GPU
         _panel_kernel[(triton.cdiv(len(work), _ROWS),)](

@@ -75,8 +75,15 @@ def panel_of(values: torch.Tensor, scheme: LayerScheme, *, upper: torch.Tensor) 
 
 def on_device(columns: Columns) -> Columns:
     """A copy on the device of the tests."""
-    tensors = {name: part for name, part in vars(columns).items() if isinstance(part, torch.Tensor)}
-    return replace(columns, **{name: part.clone().to(DEVICE) for name, part in tensors.items()})
+    return Columns(
+        work=columns.work.clone().to(DEVICE),
+        codes=columns.codes.clone().to(DEVICE),
+        upper=columns.upper.to(DEVICE),
+        group=columns.group.to(DEVICE),
+        steps=columns.steps.to(DEVICE),
+        offsets=columns.offsets.to(DEVICE),
+        scheme=columns.scheme,
+    )
 
 
 @over_schemes
