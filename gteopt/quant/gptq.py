@@ -9,6 +9,7 @@ of two roundings a row keeps. Refuses to know: where inputs come from, how codes
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,12 +114,17 @@ def solve(
     double = quantize_scale(grids[0][0]) if scheme.double_quantization else None
     scale, zero = (grids[0][0] if double is None else double.scale()), grids[0][1]
     grid = QuantizedWeight(torch.empty(0), scale, zero, scheme, double)
-    solved = replace(grid, codes=_round_columns(weight, factor, grid, options.block_size))
+    codes, squares = _round_columns(weight, factor, grid, options.block_size)
+    solved = replace(grid, codes=codes)
     used, n_dead = factor.damping, int((hessian.diagonal() == 0).sum())
+    # A factor in float32 misjudges errors by up to a hundredth.
+    damped = _DampedErrors(squares, factor.added) if factor.dtype == torch.float64 else None
     del factor
     # Doubly quantized scales of several rows share a block, so both roundings need equal scales.
     nearest = grid if double is not None else replace(grid, scale=grids[1][0], zero=grids[1][1])
-    kept, noise = _better_rows(solved, round_to_grid(weight, nearest), weight, hessian)
+    kept, noise = _better_rows(
+        solved, round_to_grid(weight, nearest), weight, hessian, damped=damped
+    )
     signal = _output_power(weight, hessian)
     return GptqResult(kept, used, n_dead, ratio_db(signal, noise))
 
@@ -205,8 +211,8 @@ def _output_power(weight: Tensor, hessian: Tensor) -> float:
 
 def _round_columns(
     weight: Tensor, factor: InverseFactor, grid: QuantizedWeight, block_size: int
-) -> Tensor:
-    """GPTQ's loop (Algorithm 1): uint8 codes [O, I].
+) -> tuple[Tensor, Tensor]:
+    """GPTQ's loop (Algorithm 1): uint8 codes [O, I], and the errors of `_DampedErrors`.
 
     Args:
         weight: float32 [O, I].
@@ -221,13 +227,41 @@ def _round_columns(
         round_in_halves(columns, PANEL, round_panel)
     else:
         round_in_halves(columns, block_size, round_one_by_one)
-    return columns.codes.index_select(1, inverse_order(factor.order))
+    squares = torch.linalg.vector_norm(columns.work, dim=1).square_()
+    return columns.codes.index_select(1, inverse_order(factor.order)), squares
+
+
+class _DampedErrors(NamedTuple):
+    """The output errors of GPTQ's rounding under the damped Hessian, as its loop has them.
+
+    A column's error e_i is divided by U[i, i], so the errors of a row are E = e U. With
+    U^T U = (H + a)^-1, E (H + a) E^T is the sum of all e_i^2.
+
+    Attributes:
+        squares: the sum of each row, float32 [O].
+        added: a, which was added to the diagonal.
+    """
+
+    squares: Tensor
+    added: float
 
 
 def _better_rows(
-    first: QuantizedWeight, second: QuantizedWeight, weight: Tensor, hessian: Tensor
+    first: QuantizedWeight,
+    second: QuantizedWeight,
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    damped: _DampedErrors | None = None,
 ) -> tuple[QuantizedWeight, float]:
     """Take each row from the rounding with the smaller output error; from the first if equal.
+
+    Args:
+        first: one rounding.
+        second: the other one.
+        weight: float32 [O, I].
+        hessian: float32 [I, I].
+        damped: errors of the first rounding, which save a product with the Hessian.
 
     Returns:
         The weight of these rows, and the sum of their errors, tr(E H E^T).
@@ -235,10 +269,13 @@ def _better_rows(
     is_second, noise = [], 0.0
     for start, end in row_spans(weight, _ROW_WEIGHTS):
         rows = weight[start:end]
-        of_first, of_second = (
-            quadratic_forms(rounding.rows(start, end).dequantize() - rows, hessian)
-            for rounding in (first, second)
-        )
+        error = first.rows(start, end).dequantize() - rows
+        if damped is None:
+            of_first = quadratic_forms(error, hessian)
+        else:
+            undamped = damped.squares[start:end] - damped.added * error.square_().sum(1)
+            of_first = undamped.clamp_min_(0)
+        of_second = quadratic_forms(second.rows(start, end).dequantize() - rows, hessian)
         is_second.append(of_second < of_first)
         noise += torch.minimum(of_first, of_second).double().sum().item()
     take = torch.cat(is_second)[:, None]

@@ -31,12 +31,14 @@ class InverseFactor:
         upper: U, upper triangular float32 [I, I].
         order: [I], the input features in the order in which they are rounded.
         damping: the damping that was used; larger than asked for if it had to be raised.
+        added: what was added to the diagonal of H.
         dtype: dtype of the factorization, float32 or float64.
     """
 
     upper: Tensor
     order: Tensor
     damping: float
+    added: float
     dtype: torch.dtype
 
     def importance(self) -> Tensor:
@@ -75,19 +77,17 @@ def factorise_inverse(hessian: Tensor, *, act_order: bool, damping: float) -> In
         order = torch.argsort(diagonal, descending=True, stable=True)
     mean = diagonal.double().mean().item()
     if n > _FLOAT32_FEATURES:
-        # The mean is 0 only without inputs; then the matrix is the identity.
-        upper = _inverse_upper(hessian, order, damping * mean if mean else 1.0, torch.float32)
-        if (
-            upper is not None
-            and _deviation(upper, hessian, order, damping * mean) < _MOST_DEVIATION
-        ):
-            return InverseFactor(upper, order, damping, torch.float32)
+        added = _added(damping, mean)
+        upper = _inverse_upper(hessian, order, added, torch.float32)
+        if upper is not None and _deviation(upper, hessian, order, added) < _MOST_DEVIATION:
+            return InverseFactor(upper, order, damping, added, torch.float32)
         del upper
     used = damping
     while used <= _MOST_DAMPING:
-        upper = _inverse_upper(hessian, order, used * mean if mean else 1.0, torch.float64)
+        added = _added(used, mean)
+        upper = _inverse_upper(hessian, order, added, torch.float64)
         if upper is not None:
-            return InverseFactor(upper, order, used, torch.float64)
+            return InverseFactor(upper, order, used, added, torch.float64)
         used *= 10
     raise NumericsError(
         f"the Hessian [{n}, {n}] of a layer's inputs is not positive "
@@ -102,6 +102,11 @@ def factor_bytes(in_features: int) -> int:
     The factor is computed from a float64 matrix, with two float32 copies of a strip.
     """
     return (4 + 8 + 4) * in_features**2 + 2 * 4 * min(STRIP, in_features) * in_features
+
+
+def _added(damping: float, mean: float) -> float:
+    """What is added to the diagonal; without inputs, its mean is 0 and the sum is the identity."""
+    return damping * mean if mean else 1.0
 
 
 def _inverse_upper(

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gteopt.config.recipe import Bits, GroupSize, LayerScheme
 from gteopt.errors import NumericsError
+from gteopt.quant import gptq
 from gteopt.quant.affine import QuantizedWeight, quantize_rtn
 from gteopt.quant.gptq import GptqOptions, is_finite, output_snr_db, solve
 from gteopt.quant.grid import encode
+from gteopt.quant.grid_search import fit_grids
 from gteopt.quant.hessian import HessianAccumulator
 from gteopt.quant.inverse_factor import factorise_inverse
 
@@ -240,6 +243,24 @@ def test_fewer_rows_than_features_still_solve() -> None:
     assert result.output_snr_db == pytest.approx(
         output_snr_db(weight, result.weight.dequantize(), hessian), abs=1e-3
     )
+
+
+@pytest.mark.parametrize("n_rows", [20, 300, 4000])
+def test_the_loop_knows_the_output_error_of_each_row(n_rows: int) -> None:
+    """The oracle is tr(E H E^T) of each row in float64; the Hessian may have far too few rows."""
+    scheme = LayerScheme(bits=4, group_size=128, symmetric=False)
+    weight = torch.randn(40, 256, generator=torch.Generator().manual_seed(0))
+    hessian = hessian_of(correlated(n_rows, 256, seed=0))
+    options = GptqOptions()
+    factor = gptq.prepare_gptq(hessian, options)
+    assert factor.dtype == torch.float64
+    scale, zero = fit_grids(weight, scheme, [None], clip_search=False)[0]
+    grid = QuantizedWeight(torch.empty(0), scale, zero, scheme, None)
+    codes, squares = gptq._round_columns(weight, factor, grid, options.block_size)
+    error = (replace(grid, codes=codes).dequantize() - weight).double()
+    damped = hessian.double() + factor.added * torch.eye(256)
+    exact = ((error @ damped) * error).sum(1)
+    torch.testing.assert_close(squares.double(), exact, rtol=1e-4, atol=0)
 
 
 def test_nan_in_weight_or_hessian_is_refused() -> None:
