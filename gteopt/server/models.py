@@ -37,6 +37,8 @@ _HOST_S = 0.5e-3
 _LEAST_BUDGET_S = 0.02
 _MOST_BUDGET_S = {"cpu": 0.1, "cuda": 0.2}
 """Limit of a pass's budget by device; a query waits for about one pass."""
+_MOST_BLOCK_S = 0.025
+"""The same limit for one of the model's blocks, where a query runs between two blocks."""
 _MOST_TOKENS = {"cpu": 8192, "cuda": 32768}
 _SIMILAR = 0.75
 """With padding, texts run together only if the shortest has this share of the longest's tokens."""
@@ -149,8 +151,15 @@ class ServedModel:
             self.budget = PassBudget(float("inf"), max_batch_tokens)
             return
         wanted = CostModel(self.cost.overhead_s + _HOST_S, 0, 0, 0).budget_s()
-        seconds = min(_MOST_BUDGET_S[device], max(_LEAST_BUDGET_S, wanted))
+        seconds = min(self._most_budget_s(), max(_LEAST_BUDGET_S, wanted))
         self.budget = PassBudget(seconds, _MOST_TOKENS[device])
+
+    def _most_budget_s(self) -> float:
+        most = _MOST_BUDGET_S[self.encoder.runtime.device.type]
+        if not self._pads_pass:
+            return most
+        n_blocks = int(self.encoder.checkpoint.config.get("num_hidden_layers", 1))
+        return max(most, _MOST_BLOCK_S * n_blocks)
 
     def _shape_tokens(self, n_tokens: int) -> Tokens:
         ids = self.tokenization.tokenize([CANARY * (1 + n_tokens // 8)])[0]

@@ -23,6 +23,7 @@ from gteopt.records.canary import CANARY, CanaryRecord
 from gteopt.records.evaluation import EvalReport, Fidelity
 from gteopt.records.files import write_record
 from gteopt.server.answers import shorten_vectors
+from gteopt.server.batching import CostModel
 from gteopt.server.models import ServedModel, measure_cost
 from tests.server.running_server import Running, running
 
@@ -245,6 +246,18 @@ def test_the_cost_of_a_pass_is_its_time_on_idle_cores(
     budget = served.budget
     assert budget.seconds == pytest.approx(0.02)
     assert served.batch_tokens == pytest.approx(budget.seconds / (1e-3 * alone_s), abs=1)
+
+
+def test_a_pass_may_be_longer_where_queries_run_between_its_blocks(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass with much fixed work needs many tokens; a query then waits for one block."""
+    served = ServedModel("a", str(artifact), gteopt.load(artifact, device="cpu"))
+    monkeypatch.setattr("gteopt.server.models.measure_cost", lambda *_: CostModel(0.2, 0, 1e-3, 0))
+    for n_blocks, longest_s in ((1, 0.1), (4, 0.1), (12, 0.3), (28, 0.7)):
+        served.encoder.checkpoint.config["num_hidden_layers"] = n_blocks
+        served.warm_up()
+        assert served.budget.seconds == pytest.approx(longest_s)
 
 
 def test_what_is_padded_is_computed_in_groups_of_like_length(
