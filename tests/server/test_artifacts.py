@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -255,7 +255,8 @@ def test_a_pass_may_be_longer_where_queries_run_between_its_blocks(
     served = ServedModel("a", str(artifact), gteopt.load(artifact, device="cpu"))
     monkeypatch.setattr("gteopt.server.models.measure_cost", lambda *_: CostModel(0.2, 0, 1e-3, 0))
     for n_blocks, longest_s in ((1, 0.1), (4, 0.1), (12, 0.3), (28, 0.7)):
-        served.encoder.checkpoint.config["num_hidden_layers"] = n_blocks
+        config = cast("dict[str, Any]", served.encoder.checkpoint.config)
+        monkeypatch.setitem(config, "num_hidden_layers", n_blocks)
         served.warm_up()
         assert served.budget.seconds == pytest.approx(longest_s)
 
