@@ -452,7 +452,8 @@ def opened(folder: Path) -> Variant:
     encoder = gteopt.load(folder, dtype="float32")
     n_bits = n_weights = 0
     for module in encoder.module.modules():
-        if hasattr(module, "kernel") and hasattr(module, "in_features"):
+        is_dense = isinstance(module, DenseLinearCpu)
+        if hasattr(module, "kernel") and hasattr(module, "in_features") and not is_dense:
             n_weights += int(module.in_features) * int(module.out_features)  # type: ignore[arg-type]
             # int8 products keep their weight outside of the buffers, and have sums beside it.
             packed = int(getattr(module, "packed_bytes", 0))

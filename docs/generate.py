@@ -88,16 +88,32 @@ def read(name: str) -> Any:
 
 # Figures ------------------------------------------------------------------------------------------
 
+_PEERS_4_BITS = (
+    "llm-compressor GPTQ W4A16_ASYM",
+    "llm-compressor GPTQ W4A16",
+    "optimum GPTQ 4-bit asym",
+    "bitsandbytes nf4",
+)
+_PEERS_8_BITS = ("llm-compressor GPTQ W8A8", "torchao W8A8", "torch dynamic W8A8")
+PEER_RATIOS = (  # recipe, row in peers_quality, rows of the peers
+    ("gptq-int4", "gteopt gptq-int4", _PEERS_4_BITS),
+    ("gptq-nf4", "gteopt gptq-nf4", _PEERS_4_BITS),
+    ("mixed-nf4", "gteopt mixed-nf4", _PEERS_4_BITS),
+    ("mixed-nf4 standard", "gteopt mixed-nf4 standard", _PEERS_4_BITS),
+    ("int8", "gteopt int8", _PEERS_8_BITS),
+    ("int8-static", "gteopt int8-static", _PEERS_8_BITS),
+    ("fp8", "gteopt fp8", _PEERS_8_BITS),
+)
 MINILM_ROWS = (  # name in the README, row in peers_quality, row in peers_speed
     ("bf16", None, "gteopt bf16"),
     ("bf16, OpenVINO", None, "gteopt bf16, OpenVINO"),
-    ("`int8-weight`", "gteopt int8-weight", None),
     ("`int8`, OpenVINO", "gteopt int8", "gteopt int8, OpenVINO"),
     ("`int8-static`, OpenVINO", "gteopt int8-static", "gteopt int8-static, OpenVINO"),
-    ("`gptq-nf4-guided`", "gteopt gptq-nf4-guided", None),
+    ("`mixed-nf4`", "gteopt mixed-nf4", None),
     ("`gptq-nf4`", "gteopt gptq-nf4", None),
     ("`gptq-int4`, OpenVINO", "gteopt gptq-int4", "gteopt 4-bit, OpenVINO"),
     ("`rtn-int4`", "gteopt rtn-int4", None),
+    ("*llm-compressor GPTQ, 4 bits*", "llm-compressor GPTQ W4A16_ASYM", None),
     ("*torchao W8A8, compiled*", "torchao W8A8", "torchao int8 dynamic, compiled"),
     ("*bitsandbytes NF4*", "bitsandbytes nf4", "bitsandbytes nf4"),
     ("*OpenVINO int8 (NNCF)*", None, "OpenVINO int8"),
@@ -112,15 +128,14 @@ def minilm() -> str:
         if row["model"] == "all-MiniLM-L6-v2"
     }
     speed = {row["engine"]: row for row in read("peers_speed_cpu_minilm")["rows"]}
-    stsb = next(r for r in read("reproduce")["rows"] if r["task"] == "STSBenchmark")["ours"]
     query = speed["sentence-transformers fp32"]["timings"]["query"]["seconds"]
     rows = [
         [
             "*sentence-transformers, float32*",
             "32",
             "0",
+            "0",
             "100 %",
-            f"{100 * stsb:.2f}",
             "1.00",
             f"{1000.0 * query:.1f} ms",
         ]
@@ -129,12 +144,7 @@ def minilm() -> str:
         cells = ["16" if "bf16" in label else "–", "–", "–", "–", "–", "–"]
         if of_quality:
             quality_row = quality[of_quality]
-            cells[:4] = [
-                f"{quality_row['bits_per_weight']:.2f}",
-                f"{1 - quality_row['mean_cosine']:.5f}",
-                f"{100 * quality_row['neighbour_overlap']:.1f} %",
-                f"{100 * quality_row['stsb_spearman']:.2f}",
-            ]
+            cells[:4] = [f"{quality_row['bits_per_weight']:.2f}", *quality_cells(quality_row)]
         if of_speed:
             timings = speed[of_speed]["timings"]
             if not of_quality:
@@ -145,9 +155,26 @@ def minilm() -> str:
             ]
         rows.append([label, *cells])
     return markdown(
-        ("variant", "bits", "1 − cosine", "10 nearest kept", "STS-B", "bulk speed", "one query"),
+        (
+            "variant",
+            "bits",
+            "1 − cosine",
+            "worst kind",
+            "10 nearest kept",
+            "bulk speed",
+            "one query",
+        ),
         rows,
     )
+
+
+def quality_cells(row: dict[str, Any]) -> list[str]:
+    """Mean error over kinds of text, that of the worst kind, and neighbours kept."""
+    return [
+        f"{row['mean']:.5f}",
+        f"{row['worst']:.5f}",
+        f"{100 * row['neighbour_overlap']:.1f} %",
+    ]
 
 
 def peers_quality() -> str:
@@ -166,32 +193,34 @@ def peers_quality() -> str:
         for model in models:
             row = by_model.get(model)
             if row is None:
-                cells += ["–", "–", "–"]
+                cells += ["–", "–", "–", "–"]
             elif row["error"]:
-                cells += ["fails", "–", "–"]
+                cells += ["fails", "–", "–", "–"]
             else:
-                cells += [
-                    f"{1 - row['mean_cosine']:.5f}",
-                    f"{100 * row['neighbour_overlap']:.1f} %",
-                    f"{row['build_s']:.0f} s",
-                ]
+                cells += [*quality_cells(row), f"{row['cpu_s']:.0f} s"]
         group = 0 if bits > 6 else 1 if bits >= 4 else 2
         first = by_model.get(models[0]) or by_model[models[1]]
-        measured.append((group, 1 - (first["mean_cosine"] or 0), cells))
+        measured.append((group, first["mean"] or 0, cells))
     rows = [cells for *_, cells in sorted(measured, key=lambda entry: entry[:2])]
+    columns = ("worst kind", "nearest kept", "CPU time")
     return markdown(
-        (
-            "variant",
-            "bits",
-            "MiniLM: 1 − cosine",
-            "nearest kept",
-            "build",
-            "gte-nano: 1 − cosine",
-            "nearest kept",
-            "build",
-        ),
-        rows,
+        ("variant", "bits", "MiniLM: 1 − cosine", *columns, "gte-nano: 1 − cosine", *columns), rows
     )
+
+
+def peers_ratios() -> str:
+    """The error of each recipe as a share of the best peer's with as many bits of activations."""
+    rows = []
+    for label, ours, of_peers in PEER_RATIOS:
+        cells = [f"`{label}`"]
+        for model in ("all-MiniLM-L6-v2", "gte-nano"):
+            by_peer = {r["peer"]: r for r in read("peers_quality")["rows"] if r["model"] == model}
+            peers = [by_peer[peer] for peer in of_peers if not by_peer[peer]["error"]]
+            for field in ("mean", "worst"):
+                best = min(row[field] for row in peers)
+                cells.append(f"{by_peer[ours][field] / best:.2f}" if ours in by_peer else "–")
+        rows.append(cells)
+    return markdown(("recipe", "MiniLM: mean", "worst kind", "gte-nano: mean", "worst kind"), rows)
 
 
 def calibration() -> str:
@@ -592,13 +621,16 @@ def loads() -> str:
 
 
 def serving() -> str:
-    """Medians over rounds for each server."""
+    """Medians over rounds for each server, by model and threads."""
 
     def ms(value: float | None) -> str:
         return "–" if value is None else f"{value:,.0f} ms"
 
+    parts = ("run", "run_qwen2", "run_qwen2_one_thread")
+    models = ("MiniLM, 1 thread", "Qwen2 shape, 2 threads", "Qwen2 shape, 1 thread")
     rows = [
         (
+            model,
             name,
             f"{row['share_of_offline']:.2f}",
             ms(row["query_alone_p50_ms"]),
@@ -607,29 +639,31 @@ def serving() -> str:
             ms(row["batch_ms"]),
             f"{row['cpu_outside_busiest_thread']:.0%}",
         )
-        for name, row in read("serving")["run"]["medians"].items()
+        for part, model in zip(parts, models, strict=True)
+        for name, row in read("serving")[part]["medians"].items()
     ]
-    headings = ("server", "bulk, share of offline `encode`", "query alone, p50")
+    headings = ("model", "server", "bulk, share of offline `encode`", "query alone, p50")
     under = ("under bulk, p50", "p95", "`batch_ms`", "CPU outside the busiest thread")
     return markdown((*headings, *under), rows)
 
 
 def soaked() -> str:
     """Answers and memory of a server under many requests, some of which hung up."""
-    soak = read("serving")["soak"]
-    memory = soak["memory_mb"]
-    after_two = next((mb for at, mb in memory if at >= 120), memory[-1][1])
-    slope = soak["memory_slope_mb_per_minute"]
-    row = (
-        *(f"{soak[name]:,}" for name in ("answered", "wrong", "lost", "failed", "dropped")),
-        f"{soak['seconds']:,.0f} s",
-        f"{after_two:,.0f} MB",
-        f"{memory[-1][1]:,.0f} MB",
-        "–" if slope is None else f"{slope:.2f} MB a minute",
-    )
-    headings = ("answered", "wrong", "lost", "failed", "hung up on", "time")
-    sizes = ("memory after two minutes", "at the end", "slope of the second half")
-    return markdown((*headings, *sizes), [row])
+    rows = []
+    for texts, part in (("short", "soak"), ("of all lengths", "soak_mixed")):
+        soak = read("serving")[part]
+        rows.append(
+            (
+                texts,
+                *(f"{soak[name]:,}" for name in ("answered", "wrong", "lost", "failed")),
+                f"{soak['dropped']:,}",
+                f"{soak['seconds']:,.0f} s",
+                f"{soak['memory_mb'][-1][1]:,.0f} MB",
+                f"{soak['memory_growth_after_two_minutes']:.1%}",
+            )
+        )
+    headings = ("texts", "answered", "wrong", "lost", "failed", "hung up on", "time")
+    return markdown((*headings, "memory at the end", "growth after two minutes"), rows)
 
 
 def device_share() -> str:
@@ -651,7 +685,7 @@ def embedded() -> str:
     """Costs of `gteopt embed` beside the model, and results of jobs that were killed."""
     results = read("embedding")
     resumed, killed, runs = results["resume"], results["kills"], results["memory"]["runs"]
-    peers = results["throughput"]["embed_to_others_by_processor_seconds"]
+    runs_of = [results["throughput"], results["throughput_qwen2"]]
     kills = ", ".join(f"{n} {who}" for who, n in sorted(killed["n_kills"].items()))
     rows = [
         (
@@ -668,7 +702,10 @@ def embedded() -> str:
             " and ".join(f"{run['peak_mb']:,.0f} MB" for run in runs),
         ),
         *(
-            (f"CPU time of {SHOWN_PEERS[name]} / that of `embed`", f"{peers[name]:.2f}")
+            (
+                f"time of {SHOWN_PEERS[name]} / that of `embed`: MiniLM and a Qwen2 shape",
+                " and ".join(f"{run['embed_to_others'][name]:.2f}" for run in runs_of),
+            )
             for name in SHOWN_PEERS
         ),
     ]
@@ -682,10 +719,13 @@ def embedded() -> str:
 
 
 SHOWN_PEERS = {
+    "encode": "gteopt's `encode` of the same texts in memory",
     "st_encode_save": "sentence-transformers' `encode` and `numpy.save`",
-    "datasets_map": "`datasets.map` around it",
+    "st_multi_process_save": "its pool of one process and `numpy.save`",
+    "datasets_map": "`datasets.map` around its `encode`",
+    "ray_data": "Ray Data around its `encode`",
 }
-"""Other ways to embed a corpus in the same process, and how the table names them."""
+"""Other ways to embed a corpus, and how the table names them."""
 
 
 def long_texts() -> str:
@@ -1048,6 +1088,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "minilm": minilm,
     "vector-margin": vector_margin,
     "peers-quality": peers_quality,
+    "peers-ratios": peers_ratios,
     "new-language": new_language,
     "whole": whole,
     "calibration": calibration,
