@@ -239,7 +239,7 @@ def measure(
         made_s = watch.wall_s
         texts = Path(temporary) / "texts.txt"
         write_texts(texts, n_texts, n_tokens)
-        spec = Calibration(texts=str(texts), n_texts=n_texts, max_tokens=n_tokens)
+        spec = Calibration(texts=str(texts), n_texts=n_texts, max_tokens=n_tokens, random_texts=0)
         calibrated = recipe.model_copy(update={"calibration": spec})
         (predicted,) = estimate_builds(open_checkpoint(base), [calibrated], device=device)
         out = Path(temporary) / "out"

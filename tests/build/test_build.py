@@ -212,7 +212,7 @@ def test_int8_static_stays_close_in_a_script_that_no_calibration_text_is_in(
     recipe = load_recipe("int8-static").model_copy(update={"calibration": calibration})
     manifest = gteopt.quantize("nano", recipe, folder / "latin")
     assert manifest.calibration is not None
-    assert (manifest.calibration.n_texts, manifest.calibration.n_random) == (96, 24)
+    assert (manifest.calibration.n_texts, manifest.calibration.n_random) == (96, 48)
     chinese = [text.text for text in draw_calibration_texts(Calibration()) if text.kind == "zh"][
         :40
     ]
@@ -504,7 +504,7 @@ def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
             handle.write(len(text).to_bytes(8, "little") + text)
             handle.truncate(8 + len(text) + at)
         calibration = Calibration(
-            texts=str(texts), n_texts=row["n_texts"], max_tokens=row["max_tokens"]
+            texts=str(texts), n_texts=row["n_texts"], max_tokens=row["max_tokens"], random_texts=0
         )
         recipe = load_recipe(row["recipe"])
         weights = recipe.weights.model_copy(update={"gptaq_strength": row["gptaq_strength"]})

@@ -18,7 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gteopt
-from gteopt.build.calibration_texts import draw_calibration_texts, tokenize_calibration
+from gteopt.build.calibration_texts import (
+    draw_calibration_texts,
+    draw_random_texts,
+    tokenize_calibration,
+)
 from gteopt.build.estimate import estimate_builds
 from gteopt.build.layer_plan import plan_layers
 from gteopt.build.replay import StateSpill
@@ -454,9 +458,8 @@ def test_inspect_counts_what_blocks_are_fed_on_disk(
 
     monkeypatch.setattr("gteopt.build.sensitivity.N_PROBES", 1)
     encoder = load_checkpoint(checkpoint, later="layers")
-    tokens = tokenize_calibration(
-        encoder.tokenization, draw_calibration_texts(texts), texts.max_tokens
-    )
+    layer_texts = draw_calibration_texts(texts) + draw_random_texts(recipe, encoder.tokenization)
+    tokens = tokenize_calibration(encoder.tokenization, layer_texts, texts.max_tokens)
     list(estimate_sensitivity(encoder, tokens, {}, spill=spill, progress=look))
     assert predicted.disk_bytes == pytest.approx(spilled, rel=0.02)
     (in_memory,) = estimate_builds(checkpoint, [recipe])
