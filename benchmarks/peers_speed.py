@@ -8,6 +8,9 @@ sentence-transformers, in fp32 on a CPU and in bf16 on a GPU.
     python benchmarks/peers_speed.py --models minilm --out peers_speed_cpu_minilm.json
     python benchmarks/peers_speed.py --device cuda --minutes 6 --out peers_speed_cuda.json
 
+With `--kernels` a CPU compares gteopt with itself: each number type with the usual products, and
+with those that were chosen by measuring (`kernels="measured"`).
+
 The second command measures gte-Qwen2-7B with random weights, on long texts in batches and on short
 queries (`SETTINGS`). It has not been run yet, because no GPU was available. The weights are drawn
 on the GPU, and each engine copies only the weights that it changes. The reference and one other
@@ -65,7 +68,7 @@ from torch import Tensor, nn
 
 import gteopt
 from gteopt.config.recipe import Recipe, load_recipe
-from gteopt.encoder.description import Backend, EncoderDescription, describe_encoder
+from gteopt.encoder.description import EncoderDescription, describe_encoder
 from gteopt.encoder.forward import count_forward_operations
 from gteopt.encoder.skeleton import build_skeleton
 from gteopt.machine import describe_machine
@@ -187,6 +190,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="minilm, qwen2, or the name of a shipped shape")
     parser.add_argument("--layers", type=int, help="blocks of models with random weights")
     parser.add_argument("--only", nargs="+", help="engines to run beside the reference")
+    parser.add_argument(
+        "--kernels", action="store_true", help="gteopt with usual and with measured products"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--rounded",
@@ -232,7 +238,7 @@ def main() -> None:
             calibrated = model == "minilm" and not options.rounded
             folder = folder_of(model, layers)
             base = describe_encoder(folder, device="cpu", dtype="bfloat16")  # no weights
-            makers = engines(model, learn=calibrated)
+            makers = kernel_engines() if options.kernels else engines(model, learn=calibrated)
             table = {name: partial(make, folder) for name, make in makers.items()}
         names = [*options.only, setting.reference] if options.only else list(table)
         if options.missing:
@@ -677,6 +683,21 @@ def engines(model: str, *, learn: bool) -> dict[str, Callable[[Path], Engine]]:
     return table
 
 
+def kernel_engines() -> dict[str, Callable[[Path], Engine]]:
+    """The number types of gteopt on torch, with usual and with measured products."""
+    table: dict[str, Callable[[Path], Engine]] = {
+        "sentence-transformers fp32": partial(sentence_transformer, dtype=torch.float32)
+    }
+    for label, kernels in (("", "deterministic"), (", measured", "measured")):
+        for dtype, name in (("float32", "fp32"), ("bfloat16", "bf16")):
+            table[f"gteopt {name}{label}"] = partial(ours, dtype=dtype, kernels=kernels)
+        for recipe, name in (("rtn-int8", "int8"), ("rtn-int4", "4-bit"), ("nf4", "nf4")):
+            table[f"gteopt {name}{label}"] = partial(
+                ours_quantized, recipe=recipe, dtype="bfloat16", kernels=kernels
+            )
+    return table
+
+
 def gpu_engines(source: Source) -> dict[str, Callable[[], Engine]]:
     """By name, a function that makes an engine for one GPU; the most important engines come first.
 
@@ -751,15 +772,17 @@ class Ours:
         return self.encoder.encode(texts)
 
 
-def ours(folder: Path, dtype: str, backend: Backend = "torch") -> Engine:
-    """The unquantized model in gteopt."""
-    return Ours(gteopt.load(folder, dtype=dtype, device="cpu", backend=backend))
+def ours(folder: Path, **options: Any) -> Engine:
+    """The unquantized model in gteopt; `options` are those of `gteopt.load`."""
+    return Ours(gteopt.load(folder, device="cpu", **options))
 
 
-def ours_quantized(folder: Path, recipe: str, dtype: str, backend: Backend = "torch") -> Engine:
-    """A gteopt recipe with its own calibration; `dtype` is for layers that are not quantized."""
-    out = built(folder, recipe)
-    return Ours(gteopt.load(out, dtype=dtype, device="cpu", backend=backend))
+def ours_quantized(folder: Path, recipe: str, **options: Any) -> Engine:
+    """A gteopt recipe with its own calibration; `options` are those of `gteopt.load`.
+
+    Their `dtype` is for layers that are not quantized.
+    """
+    return Ours(gteopt.load(built(folder, recipe), device="cpu", **options))
 
 
 @cache

@@ -134,6 +134,7 @@ def main() -> None:
         "n_threads": arguments.threads,
         "niceness": os.nice(0),
         "wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "kill": {"block": arguments.kill_at, "after_s": arguments.kill_after},
         **conditions(),
         "lives": [],
     }

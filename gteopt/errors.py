@@ -47,6 +47,8 @@ RESUMES = "finished work is kept, and the same command resumes it"
 """End of a message about a command that was stopped and can be resumed."""
 _UNSEEN = ("Cc", "Cf", "Cs")
 """Unicode's categories of control, format and surrogate characters."""
+_SHOWN = 200
+"""Most characters of a foreign value that a message quotes."""
 _NO_MEMORY = ("out of memory", "allocate memory", "alloc_failed", "not enough memory")
 """Parts of such messages: from GPU drivers; torch on a CPU and mmap; CUDA libraries; Windows."""
 
@@ -66,6 +68,12 @@ def escape_control_characters(text: str) -> str:
         repr(char)[1:-1] if char not in "\n\t" and unicodedata.category(char) in _UNSEEN else char
         for char in text
     )
+
+
+def shorten_value(value: object) -> str:
+    """A value for a message: one line, no control characters, at most 200 characters."""
+    text = escape_control_characters(" ".join(str(value).split()))
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
 
 
 def join_problems(subject: str, problems: Iterable[str]) -> str:

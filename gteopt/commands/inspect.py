@@ -187,15 +187,15 @@ def _kernels(checkpoint: Checkpoint, device: str, kernels: str) -> dict[str, int
     if is_foreign or (_kind_of(device) == "cuda" and not torch.cuda.is_available()):
         return None
     where, kind = pick_device(device), parse_dtype(resolve_dtype(checkpoint, "auto"))
+    layers = list_quantized_layers(checkpoint)
+    ways = choose_kernel_ways(layers, kind, kernels) if where.type == "cpu" else DETERMINISTIC
     module = build_skeleton(checkpoint).to(kind)
-    speed_up_linears_(module, where)
+    speed_up_linears_(module, where, ways)
     names = {
         name: str(getattr(child, "kernel", "torch.linear"))
         for name, child in module.named_modules()
         if isinstance(child, nn.Linear)
     }
-    layers = list_quantized_layers(checkpoint)
-    ways = choose_kernel_ways(layers, kind, kernels) if where.type == "cpu" else DETERMINISTIC
     for layer in manifest.layers if manifest else ():
         shape = layer.out_features, layer.in_features
         names[layer.name] = kernel_name(layer.scheme, *shape, device=where, dtype=kind, ways=ways)

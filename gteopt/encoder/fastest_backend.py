@@ -182,6 +182,7 @@ class _Blocks:
             "schemes": {name: scheme.model_dump() for name, scheme in self.schemes.items()},
             "products": {name: str(product) for name, product in self.ways.products.items()},
             "decodes": self.ways.decodes,
+            "packs": self.ways.packs,
             "dtype": str(self.dtype),
             "gteopt": __version__,
         }
@@ -218,7 +219,7 @@ class _Blocks:
             put_submodule_(module, name, linear)
         module.load_state_dict(plain, strict=False, assign=True)
         module.eval().requires_grad_(False)
-        speed_up_linears_(module, _CPU)
+        speed_up_linears_(module, _CPU, self.ways)
         forward = unpadded_forward(self.checkpoint.config, "mean", _CPU)
         if forward is None:
             return lambda tokens: module(**dict(zip(_INPUTS, _padded(tokens), strict=True)))

@@ -78,10 +78,11 @@ def load(
         backend: "torch" or "openvino". OpenVINO is faster on a CPU for the architectures and
             layers that it supports, and rounds activations of quantized products to 8 bits. "auto"
             uses the faster one: the first load of a shape on a machine measures both.
-        kernels: of the torch backend's quantized layers on a CPU. "deterministic" uses kernels
+        kernels: of the torch backend's linear layers on a CPU. "deterministic" uses kernels
             that every machine has, and keeps weights packed. "measured" uses the fastest: the
-            first load of a shape on a machine measures them, and the times are stored. A name
-            fixes the kernel: "fbgemm", "onednn" or "int_mm" for int8 products, "decoded" for
+            first load of a shape on a machine measures quantized layers, and the times are stored.
+            Unquantized layers keep a second copy of their weight, which makes queries faster. A
+            name fixes the kernel: "fbgemm", "onednn" or "int_mm" for int8 products, "decoded" for
             weights that are decoded once.
         cuda_graphs: on a GPU, record the forward pass of single short texts and replay it. This
             takes memory, and time for the first text of each of a few lengths.
@@ -137,6 +138,8 @@ def load_checkpoint(
     )
     dtype = parse_dtype(resolve_dtype(checkpoint, options.dtype))
     openvino_model, streams, ways = None, False, DETERMINISTIC
+    if backend == "torch" and device.type == "cpu":
+        ways = choose_kernel_ways(list_quantized_layers(checkpoint), dtype, options.kernels)
     if backend == "openvino":
         module = build_skeleton(checkpoint)
         weights = load_openvino_weights(checkpoint, module, dtype)
@@ -149,8 +152,6 @@ def load_checkpoint(
             f"{suggest_names(str(backend), ['auto', 'torch', 'openvino'])}"
         )
     elif checkpoint.is_quantized:
-        if device.type == "cpu":
-            ways = choose_kernel_ways(list_quantized_layers(checkpoint), dtype, options.kernels)
         # Another library may have written the files, so config.json and tensors may not fit.
         with foreign_errors(checkpoint.folder, "loading the quantized weights"):
             module = load_packed(checkpoint, device, dtype, ways)
@@ -158,7 +159,7 @@ def load_checkpoint(
         module, streams = _load_unquantized(checkpoint, device, dtype, later)
     module.eval().requires_grad_(False)
     if openvino_model is None:
-        speed_up_linears_(module, device)
+        speed_up_linears_(module, device, ways)
     return Encoder(
         EncoderDescription(checkpoint, EncoderRuntime(device, dtype, backend, ways, taken.reason)),
         module,

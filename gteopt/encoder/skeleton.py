@@ -13,9 +13,9 @@ from torch import nn
 
 from gteopt.encoder.static_table import StaticTable
 from gteopt.encoder.tokenization import import_transformers
-from gteopt.errors import IntegrityError, UnsupportedError
+from gteopt.errors import IntegrityError, UnsupportedError, shorten_value
 from gteopt.model.checkpoint import Checkpoint
-from gteopt.model.foreign import foreign_errors, shorten_value
+from gteopt.model.foreign import foreign_errors
 
 _Held = TypeVar("_Held")
 _ENCODERS = {

@@ -12,7 +12,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from gteopt.config.recipe import FormatChoice, FormatName, LayerScheme
-from gteopt.errors import InputError, UnsupportedError, join_problems, suggest_names
+from gteopt.errors import (
+    InputError,
+    UnsupportedError,
+    join_problems,
+    shorten_value,
+    suggest_names,
+)
 from gteopt.formats import bitsandbytes, compressed_tensors, gptq
 from gteopt.formats.packed import Config, LinearShape, ReadLayer
 from gteopt.quant.affine import PackedWeight
@@ -108,7 +114,7 @@ def format_of(config: Config) -> Format:
     Raises:
         UnsupportedError: gteopt cannot read this `quant_method`.
     """
-    method = str(config.get("quant_method", "none stated"))
+    method = shorten_value(config.get("quant_method", "none stated"))
     for name, form in FORMATS.items():
         if name == method:
             return form

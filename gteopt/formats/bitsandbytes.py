@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from gteopt.config.recipe import GroupSize, LayerScheme
-from gteopt.errors import IntegrityError, UnsupportedError
+from gteopt.errors import IntegrityError, UnsupportedError, shorten_value
 from gteopt.formats.packed import (
     Activations,
     Config,
@@ -138,7 +138,7 @@ def from_tensors(
         IntegrityError: tensors are missing or of another shape.
         UnsupportedError: FP4, or a block size that gteopt's kernels do not have.
     """
-    subject = f"bitsandbytes layer {name}"
+    subject = f"bitsandbytes layer {shorten_value(name)}"
     if "SCB" in tensors:
         return ReadLayer(_read_int8(subject, config, shape, tensors), None)
     return ReadLayer(_read_nf4(subject, shape, tensors), None)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from gteopt.config.recipe import LayerScheme, NumberFormat
-from gteopt.errors import UnsupportedError
+from gteopt.errors import UnsupportedError, shorten_value
 from gteopt.formats.packed import (
     Activations,
     Config,
@@ -53,6 +53,9 @@ from gteopt.formats.packed import (
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.packing import pack_codes, packed_width, unpack_codes
 
+_REPEATS, _MOST_REPEATS = re.compile(r"[*+{]"), 4
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
+"""What makes Python's regular expressions take exponential time, or a high power of the length."""
 _Wanted = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
 
 
@@ -149,14 +152,15 @@ def from_tensors(
         IntegrityError: tensors are missing or of another shape.
         UnsupportedError: gteopt's kernels do not have the scheme.
     """
-    subject = f"compressed-tensors layer {name}"
+    subject = f"compressed-tensors layer {shorten_value(name)}"
     group = _group_of(config, name)
     weights = group.get("weights") or {}
     bits = int(weights.get("num_bits", 8))
     kind = weights.get("type", "int")
     if kind != "int" and (kind, bits) != ("float", 8):
         raise UnsupportedError(
-            f"{subject}: {bits}-bit {kind} weights are not supported (supported: int, 8-bit float)"
+            f"{subject}: {bits}-bit {shorten_value(kind)} weights are not supported (supported: "
+            f"int, 8-bit float)"
         )
     activations = _activations(subject, group.get("input_activations"), kind)
     scale = tensors.get("weight_scale", torch.empty(0, 1))
@@ -272,13 +276,25 @@ def _group_of(config: Config, name: str) -> Mapping[str, Any]:
         if "Linear" in group.get("targets", ()):
             return dict(group)
     raise UnsupportedError(
-        f"compressed-tensors layer {name}: no entry of config_groups lists this layer as a target"
+        f"compressed-tensors layer {shorten_value(name)}: no entry of config_groups lists this "
+        f"layer as a target"
     )
 
 
 def _matches(target: str, name: str) -> bool:
+    """Whether a target of a config group names the layer.
+
+    Raises:
+        UnsupportedError: the target is a regular expression that could take hours.
+    """
     if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), name) is not None
+        pattern = target.removeprefix("re:")
+        if len(_REPEATS.findall(pattern)) > _MOST_REPEATS or _REPEATED_GROUP.search(pattern):
+            raise UnsupportedError(
+                f"compressed-tensors target {shorten_value(target)!r} repeats a group, or repeats "
+                f"more than {_MOST_REPEATS} times, so that matching it could take hours"
+            )
+        return re.match(pattern, name) is not None
     return name == target or name.endswith(f".{target}")
 
 
@@ -292,7 +308,7 @@ def _activations(subject: str, activations: Mapping[str, Any] | None, kind: str)
     if stated != wanted or (kind == "float" and not symmetric):
         shown = ", ".join(f"{key}: {activations.get(key)}" for key in (*wanted, "symmetric"))
         raise UnsupportedError(
-            f"{subject}: activations with {shown} are not supported (supported: 8 bits of the "
-            f"weights' type, with a dynamic scale per token)"
+            f"{subject}: activations with {shorten_value(shown)} are not supported (supported: "
+            f"8 bits of the weights' type, with a dynamic scale per token)"
         )
     return Activations(8, bool(symmetric))

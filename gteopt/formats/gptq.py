@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gteopt.config.recipe import LayerScheme
-from gteopt.errors import UnsupportedError
+from gteopt.errors import UnsupportedError, shorten_value
 from gteopt.formats.packed import (
     Activations,
     Config,
@@ -161,9 +161,10 @@ def from_tensors(
     label = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     if label not in _VERSIONS:
         raise UnsupportedError(
-            f"gptq checkpoint in the format '{label}' (supported: {', '.join(_VERSIONS)})"
+            f"gptq checkpoint in the format '{shorten_value(label)}' (supported: "
+            f"{', '.join(_VERSIONS)})"
         )
-    subject = f"gptq layer {name}"
+    subject = f"gptq layer {shorten_value(name)}"
     n_in, n_out = shape.in_features, shape.out_features
     bits = int(config.get("bits", 0))
     if "qweight" in tensors and tensors["qweight"].ndim == 2:

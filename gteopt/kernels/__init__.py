@@ -26,7 +26,12 @@ from gteopt.kernels.cpu import (
     multiplies_bfloat16,
 )
 from gteopt.kernels.cpu_int4 import Int4LinearCpu
-from gteopt.kernels.measured import DETERMINISTIC, KernelWays, MeasuredLayer
+from gteopt.kernels.measured import (
+    DETERMINISTIC,
+    KernelWays,
+    MeasuredLayer,
+    memory_holds_copies,
+)
 from gteopt.kernels.reference import DequantLinear, Fp8Reference, Int8Reference
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.triton_devices import runs_triton
@@ -172,14 +177,18 @@ def gpu_kernels(device: torch.device) -> ModuleType | None:
     return import_module("gteopt.kernels.cuda") if runs_triton(device) else None
 
 
-def speed_up_linears_(module: nn.Module, device: torch.device) -> None:
+def speed_up_linears_(
+    module: nn.Module, device: torch.device, ways: KernelWays = DETERMINISTIC
+) -> None:
     """Replace plain linear layers inside `module` with those of this device; weights are shared."""
     if device.type != "cpu":
         return
-    for name, linear in list(module.named_modules()):
-        if type(linear) is nn.Linear:
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, DenseLinearCpu(linear))
+    plain = {n: linear for n, linear in module.named_modules() if type(linear) is nn.Linear}
+    n_bytes = sum(linear.weight.numel() * linear.weight.element_size() for linear in plain.values())
+    packs = ways.packs and memory_holds_copies(n_bytes)
+    for name, linear in plain.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, DenseLinearCpu(linear, packs=packs))
 
 
 def _reorder(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

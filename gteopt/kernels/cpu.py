@@ -42,38 +42,64 @@ class DenseLinearCpu(nn.Linear):
     On a CPU without instructions for bfloat16, bfloat16 weights are multiplied in float32. Few
     tokens multiply a few rows at a time. float32 weights use oneDNN on AVX-512, because MKL is slow
     on AMD's processors.
+
+    Otherwise oneDNN puts the weight into its own order in each call, which takes a quarter of a
+    call with few tokens. A layer that packs keeps a second copy of the weight in that order.
+
+    Args:
+        linear: the layer whose parameters are shared.
+        packs: whether to keep the copy, if oneDNN multiplies this layer.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, *, packs: bool = False) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         kind = linear.weight.dtype
         self._widen = kind == torch.bfloat16 and not multiplies_bfloat16()
         self._onednn = kind == torch.float32 and torch.cpu._is_avx512_supported()
+        self._packed: Tensor | None = None
+        self.packed_bytes = 0
         self.kernel = "torch.linear"
         if self._widen:
             self.kernel = "torch.linear (in fp32: no AVX512-BF16)"
+        elif packs and (kind == torch.bfloat16 or self._onednn):
+            self.kernel = "torch.linear (oneDNN, packed once)"
+            if not linear.weight.is_meta:
+                self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+                self.packed_bytes = linear.weight.numel() * linear.weight.element_size()
         elif self._onednn:
             self.kernel = "torch.linear (oneDNN)"
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
-        if self.weight.is_meta or (torch.is_grad_enabled() and self._has_gradient(x)):
-            return nn.functional.linear(x, self.weight, self.bias)
+        packed = self._packed
+        if packed is not None and x.dtype == packed.dtype and not self._needs_gradient(x):
+            return _onednn_linear(x, packed, self.bias)
+        weight = self._plain_weight()
+        if weight.is_meta or self._needs_gradient(x):
+            return nn.functional.linear(x, weight, self.bias)
         if self._widen:
             return self._widened(x.reshape(-1, self.in_features)).view(
                 *x.shape[:-1], self.out_features
             )
         if self._onednn and x.dtype == torch.float32 and x.numel():
-            product: Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self.weight, self.bias, "none", [], ""
-            )
-            return product
-        return nn.functional.linear(x, self.weight, self.bias)
+            return _onednn_linear(x, weight, self.bias)
+        return nn.functional.linear(x, weight, self.bias)
 
-    def _has_gradient(self, x: Tensor) -> bool:
-        return x.requires_grad or self.weight.requires_grad
+    def _plain_weight(self) -> Tensor:
+        """[O, I] in the order of the file; a layer may hold it in oneDNN's order only."""
+        plain = self._parameters["weight"]
+        if plain is None:
+            assert self._packed is not None
+            return self._packed.to_dense()
+        return plain
+
+    def _needs_gradient(self, x: Tensor) -> bool:
+        """Whether a gradient flows back through the layer."""
+        plain = self._parameters["weight"]
+        has_gradient = x.requires_grad or (plain is not None and plain.requires_grad)
+        return torch.is_grad_enabled() and has_gradient
 
     def _widened(self, x: Tensor) -> Tensor:
         wide = x.float()
@@ -86,6 +112,12 @@ class DenseLinearCpu(nn.Linear):
             torch.mm(rows, wide.t(), out=y[start : start + _WEIGHT_ROWS])
         product = y.t() if bias is None else y.t() + bias
         return product.to(x.dtype, memory_format=torch.contiguous_format)
+
+
+def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The linear layer of oneDNN; the weight is plain or packed, and has the dtype of x."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 class _Product(Protocol):
@@ -474,7 +506,8 @@ def _named(kernel: str, products: CpuProducts | None) -> str:
 class DecodedLinearCpu(DenseLinearCpu):
     """A quantized layer whose weight is decoded once, and then used as an unquantized one.
 
-    It is as fast and as large as the unquantized layer. Activations are not rounded.
+    It is as fast and as large as the unquantized layer. Activations are not rounded. Where oneDNN
+    multiplies, the weight is held in oneDNN's order only.
     """
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -483,7 +516,9 @@ class DecodedLinearCpu(DenseLinearCpu):
         linear.weight = nn.Parameter(decoded, requires_grad=False)
         if bias is not None:
             linear.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
-        super().__init__(linear)
+        super().__init__(linear, packs=True)
+        if self._packed is not None:
+            self.register_parameter("weight", None)
         self.kernel = self.decoded_name(weight.scheme, dtype)
 
     @staticmethod

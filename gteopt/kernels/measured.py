@@ -142,10 +142,13 @@ class KernelWays:
     Attributes:
         products: of int8 and 4-bit layers by `MeasuredLayer.key`; None decodes the weights once.
         decodes: whether all other quantized weights are decoded once too.
+        packs: whether unquantized layers keep a second copy of their weight in oneDNN's order, if
+            memory holds it.
     """
 
     products: Mapping[str, CpuProducts | None] = field(default_factory=dict)
     decodes: bool = False
+    packs: bool = False
 
     @property
     def rounding(self) -> str:
@@ -156,7 +159,9 @@ class KernelWays:
             for key, products in self.products.items()
             if products is not None and products.few not in INT8_PRODUCTS
         ]
-        return ", ".join([*sorted(decoded + four_bits), *(["others"] if self.decodes else [])])
+        others = ["others"] if self.decodes else []
+        dense = ["unquantized layers packed"] if self.packs else []
+        return ", ".join([*sorted(decoded + four_bits), *others, *dense])
 
 
 DETERMINISTIC = KernelWays()
@@ -195,16 +200,23 @@ def choose_kernel_ways(
     if not exact_products():
         int8, counts = {}, Counter()
     times = measured_layer_times({**int8, **int4}, dtype, folder)
-    # All memory counts, not free memory, because all processes of a machine must choose alike.
     widest = max(dtype.itemsize, 2 if multiplies_bfloat16() else 4)
     decoded_bytes = widest * sum(layer.out_features * layer.in_features for layer in all_layers)
-    may_grow = decoded_bytes * _MEMORY_SHARE <= describe_machine().memory_bytes
+    may_grow = memory_holds_copies(decoded_bytes)
     four_bits = {key: pick_int4(times[key], may_grow=may_grow) for key in int4}
     chosen = {key: products for key, products in four_bits.items() if products != AS_PACKED}
     if may_grow and decoding_wins(counts, times):
-        return KernelWays({**dict.fromkeys(int8), **chosen}, decodes=True)
+        return KernelWays({**dict.fromkeys(int8), **chosen}, decodes=True, packs=True)
     packed = {key: pick_int8(times[key], may_grow=may_grow) for key in int8}
-    return KernelWays({**packed, **chosen}, decodes=may_grow)
+    return KernelWays({**packed, **chosen}, decodes=may_grow, packs=True)
+
+
+def memory_holds_copies(n_bytes: int) -> bool:
+    """Whether layers may hold this many bytes in copies or in decoded weights.
+
+    All memory counts, not free memory, because all processes of a machine must choose alike.
+    """
+    return n_bytes * _MEMORY_SHARE <= describe_machine().memory_bytes
 
 
 def pick_int8(times: LayerTimes, *, may_grow: bool = True) -> CpuProducts:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from gteopt.model.foreign import shorten_value
+from gteopt.errors import shorten_value
 
 _MAX_FRONT_MATTER = 1 << 16
 """Characters of a card that are searched."""

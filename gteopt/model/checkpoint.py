@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from gteopt.errors import InputError, UnsupportedError, suggest_names
+from gteopt.errors import InputError, UnsupportedError, shorten_value, suggest_names
 from gteopt.model.artifact import (
     artifact_sha256,
     hash_file,
@@ -43,7 +43,7 @@ from gteopt.model.families import (
     PublishedModel,
     family_of,
 )
-from gteopt.model.foreign import check_link, read_json, shorten_value
+from gteopt.model.foreign import check_link, read_json
 from gteopt.model.hub import RemoteTensors
 from gteopt.model.sources import NANO, ModelSource, resolve_source
 from gteopt.model.st_files import (

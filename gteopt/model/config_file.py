@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gteopt.errors import InputError, UnsupportedError, join_problems
+from gteopt.errors import InputError, UnsupportedError, join_problems, shorten_value
 from gteopt.model.families import Attention
-from gteopt.model.foreign import shorten_value
 
 _NESTED_DEFAULTS: Mapping[str, Any] = {
     "vocab_size": 32_000,

@@ -18,16 +18,14 @@ from gteopt.errors import (
     InputError,
     IntegrityError,
     UnsupportedError,
-    escape_control_characters,
     is_out_of_memory,
     join_problems,
+    shorten_value,
 )
 
 MOST_JSON_BYTES = 64 << 20
 """Larger JSON files are refused; the largest index of a published model has 20 MB."""
 _LONGEST_PATH = 1024
-_SHOWN = 200
-"""Most characters of a foreign value that a message quotes."""
 
 
 class ForeignFile(BaseModel):
@@ -40,12 +38,6 @@ class ForeignFile(BaseModel):
 
 
 _File = TypeVar("_File", bound=ForeignFile)
-
-
-def shorten_value(value: object) -> str:
-    """A value for a message: one line, no control characters, at most 200 characters."""
-    text = escape_control_characters(" ".join(str(value).split()))
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]} ..."
 
 
 def path_inside_folder(folder: Path, name: object, *, of: str) -> Path:

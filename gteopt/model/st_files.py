@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, field_validator
 
-from gteopt.errors import InputError, IntegrityError, UnsupportedError
+from gteopt.errors import InputError, IntegrityError, UnsupportedError, shorten_value
 from gteopt.model.families import Pooling
 from gteopt.model.foreign import (
     ForeignFile,
@@ -21,7 +21,6 @@ from gteopt.model.foreign import (
     path_inside_folder,
     read_any_json,
     read_json,
-    shorten_value,
 )
 
 SETTINGS_FILE = "config_sentence_transformers.json"

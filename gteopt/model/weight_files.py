@@ -10,9 +10,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from gteopt.errors import InputError, IntegrityError, UnsupportedError, join_problems
+from gteopt.errors import (
+    InputError,
+    IntegrityError,
+    UnsupportedError,
+    join_problems,
+    shorten_value,
+)
 from gteopt.model.artifact import MANIFEST
-from gteopt.model.foreign import check_link, path_inside_folder, read_json, shorten_value
+from gteopt.model.foreign import check_link, path_inside_folder, read_json
 from gteopt.records.manifest import Manifest
 
 SINGLE = "model.safetensors"

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -357,6 +358,53 @@ def test_other_quantizers_are_refused_by_name() -> None:
         format_of({"quant_method": "awq"})
     with pytest.raises(UnsupportedError, match="format 'gptq_p'"):
         gptq.from_tensors({"checkpoint_format": "gptq_p"}, "a", SHAPE, {})
+
+
+@pytest.mark.parametrize("value", ["a" * 10_000, ["a" * 5000] * 2], ids=["text", "list"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"quant_method": None},
+        {"quant_method": "gptq", "checkpoint_format": None},
+        {"quant_method": "compressed-tensors", "config_groups": {"0": {"weights": {"type": None}}}},
+        {"quant_method": "compressed-tensors", "config_groups": {"0": {"input_activations": None}}},
+    ],
+    ids=["method", "format", "type", "activations"],
+)
+def test_a_message_quotes_200_characters_of_a_foreign_value_at_most(
+    config: dict[str, Any], value: Any
+) -> None:
+    def filled(part: Any) -> Any:
+        return {k: filled(v) for k, v in part.items()} if isinstance(part, dict) else part or value
+
+    config = filled(config)
+    for group in config.get("config_groups", {}).values():
+        group["targets"] = ["a"]
+        if "input_activations" in group:
+            group["input_activations"] = {"strategy": value}
+    with pytest.raises(UnsupportedError) as caught:
+        format_of(config).from_tensors(config, "a", SHAPE, {})
+    assert "aaa" in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("target", "is_read"),
+    [
+        ("re:.*self_attn\\.(q|k|v)_proj$", True),
+        ("re:(model\\.)?layers\\.[0-9]+\\.mlp\\..*", True),
+        ("re:(a+)+$", False),
+        ("re:" + ".*" * 5 + "x", False),
+        ("re:(.{0,9}){0,9}x", False),
+    ],
+)
+def test_a_target_that_could_match_for_hours_is_refused(target: str, is_read: bool) -> None:
+    name = "model.layers.0.mlp.down_proj" if "mlp" in target else "model.layers.0.self_attn.k_proj"
+    config = FORMATS["compressed-tensors"].quantization_config({name: W8A8}, [], "layers", "gteopt")
+    config["config_groups"]["group_0"]["targets"] = [target]
+    tensors = FORMATS["compressed-tensors"].to_tensors(random_weight(W8A8))
+    with nullcontext() if is_read else pytest.raises(UnsupportedError, match="could take hours"):
+        FORMATS["compressed-tensors"].from_tensors(config, name, SHAPE, tensors)
 
 
 def recipe(scheme: LayerScheme, format: str = "auto", **weights: Any) -> Recipe:

@@ -9,9 +9,12 @@ import json
 import os
 import shutil
 import struct
+import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import Any
 
 import pytest
@@ -40,7 +43,9 @@ SCALARS = st.one_of(
     st.integers(-(1 << 70), 1 << 70),
     st.floats(),
     st.text(max_size=20),
-    st.sampled_from(["../x", "/etc/passwd", "\0", "a" * 5000, "[/b]", "\x1b[2J", "{}", "1e300"]),
+    st.sampled_from(
+        ["../x", "/etc/passwd", "\0", "a" * 5000, "[/b]", "\x1b[2J", "{}", "1e300", "re:(.*)*x"]
+    ),
 )
 VALUES = st.recursive(
     SCALARS,
@@ -76,9 +81,18 @@ def artifact(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@contextmanager
+def bounded() -> Iterator[None]:
+    """Fails if a reader takes 10 seconds of a processor, or 2 GB of memory."""
+    start_s, peak_kb = time.process_time(), getrusage(RUSAGE_SELF).ru_maxrss
+    yield
+    assert time.process_time() - start_s < 10
+    assert getrusage(RUSAGE_SELF).ru_maxrss - peak_kb < 2 << 20
+
+
 def encode_or_refuse(folder: Path) -> None:
     """Open and encode; anything but vectors or an error of gteopt fails the test."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), bounded():
         warnings.simplefilter("ignore")
         message = "vectors"
         try:
@@ -208,7 +222,7 @@ def test_any_change_of_an_artifact_is_refused(artifact: Path, data: st.DataObjec
         if path.name == "gteopt.json":  # the hash of this file is the artifact's identity
             encode_or_refuse(artifact)
         else:
-            with pytest.raises(GteoptError):
+            with bounded(), pytest.raises(GteoptError):
                 verify(artifact)
     finally:
         path.write_bytes(original)
@@ -219,7 +233,7 @@ def test_any_change_of_an_artifact_is_refused(artifact: Path, data: st.DataObjec
 def test_any_yaml(content: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("yaml") / "recipe.yaml"
     path.write_text(content, encoding="utf-8", errors="surrogatepass")
-    with pytest.raises(GteoptError):
+    with bounded(), pytest.raises(GteoptError):
         load_recipe(str(path))
 
 
@@ -239,9 +253,9 @@ def test_any_file_of_texts(
 ) -> None:
     path = tmp_path_factory.mktemp("texts") / f"texts{suffix}"
     path.write_bytes(content)
-    with suppress(GteoptError):
+    with bounded(), suppress(GteoptError):
         draw_calibration_texts(Calibration(texts=str(path)))
-    with suppress(GteoptError):
+    with bounded(), suppress(GteoptError):
         read_own_data(path)
 
 

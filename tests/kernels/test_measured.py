@@ -8,13 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import gteopt.kernels.measured
 from gteopt.config.recipe import GroupSize, LayerScheme
 from gteopt.errors import InputError
-from gteopt.kernels import arithmetic_name, kernel_name, make_linear
-from gteopt.kernels.cpu import INT8_PRODUCTS, CpuProducts, activation_bits, exact_products
+from gteopt.kernels import arithmetic_name, kernel_name, make_linear, speed_up_linears_
+from gteopt.kernels.cpu import (
+    INT8_PRODUCTS,
+    CpuProducts,
+    DecodedLinearCpu,
+    DenseLinearCpu,
+    activation_bits,
+    exact_products,
+    multiplies_bfloat16,
+)
 from gteopt.kernels.cpu_int4 import (
     CODES,
     EACH_CALL,
@@ -163,8 +171,49 @@ def test_a_4_bit_layer_keeps_its_weight_decoded_only_where_memory_allows(
     small = describe_machine().model_copy(update={"memory_bytes": 8 * 64 * 128})
     monkeypatch.setattr("gteopt.kernels.measured.describe_machine", lambda: small)
     ways = choose_kernel_ways([layer], torch.bfloat16, "measured", folder=tmp_path)
-    assert ways == DETERMINISTIC  # the products that it has without measuring, and no more memory
+    assert (ways.products, ways.decodes) == ({}, False)  # as without measuring
     assert choose_kernel_ways([layer], torch.bfloat16, "decoded").products == {key: None}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unquantized_layers_are_packed_only_if_measured_and_where_memory_allows(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways = choose_kernel_ways([], dtype, "measured", folder=tmp_path)
+    assert ways.rounding != DETERMINISTIC.rounding == ""
+
+    def sped_up(ways: KernelWays) -> DenseLinearCpu:
+        linear = nn.Linear(128, 64, dtype=dtype).requires_grad_(False)
+        linear.weight.copy_(seeded(64, 128))
+        linear.bias.copy_(seeded(64, seed=1))
+        module = nn.Sequential(linear)
+        speed_up_linears_(module, CPU, ways)
+        (layer,) = module
+        assert isinstance(layer, DenseLinearCpu)
+        return layer
+
+    plain, packed = sped_up(DETERMINISTIC), sped_up(ways)
+    if dtype == torch.bfloat16 and not multiplies_bfloat16():
+        assert packed.kernel == plain.kernel
+        pytest.skip("this processor multiplies no bfloat16, so there is nothing to pack")
+    if dtype == torch.float32 and not torch.cpu._is_avx512_supported():
+        assert packed.kernel == plain.kernel
+        pytest.skip("float32 takes oneDNN's product on AVX-512 only, so there is nothing to pack")
+    n_bytes = 64 * 128 * dtype.itemsize
+    assert (plain.packed_bytes, packed.packed_bytes) == (0, n_bytes)
+    assert packed.kernel == "torch.linear (oneDNN, packed once)" != plain.kernel
+    for n_tokens in (0, 1, 16, 300):
+        x = seeded(n_tokens, 128, seed=2).to(dtype)
+        exact = x.double() @ plain.weight.double().T + plain.bias.double()
+        assert (packed(x).double() - exact).norm() <= 4e-3 * exact.norm()
+    x = seeded(3, 128).to(dtype).requires_grad_()
+    packed(x).float().sum().backward()
+    assert x.grad is not None
+    exact = plain.weight.double().sum(0).expand(3, -1)
+    assert (x.grad.double() - exact).norm() <= 4e-3 * exact.norm()
+    small = describe_machine().model_copy(update={"memory_bytes": 8 * n_bytes - 1})
+    monkeypatch.setattr("gteopt.kernels.measured.describe_machine", lambda: small)
+    assert sped_up(ways).packed_bytes == 0
 
 
 @pytest.mark.parametrize("scheme", [W8A8, ZEROS, STATIC, NF4, INT4, INT3, FP8], ids=str)
@@ -179,9 +228,20 @@ def test_a_decoded_weight_multiplies_as_float64_does(scheme: LayerScheme) -> Non
     dtype, bound = torch.float32, 1e-6
     weight, bias = pack(quantize_rtn(seeded(64, 128), scheme)), seeded(64, seed=1)
     layer = make_linear(weight, bias, device=CPU, dtype=dtype, ways=ways_of(scheme, None, dtype))
-    x = seeded(40, 128, seed=2)
-    exact = x.double() @ weight.unpack().dequantize().double().T + bias.double()
-    assert (layer(x).double() - exact).norm() <= bound * exact.norm()
+    decoded = weight.unpack().dequantize().double()
+    for n_tokens in (0, 1, 40, 300):
+        x = seeded(n_tokens, 128, seed=2)
+        exact = x.double() @ decoded.T + bias.double()
+        assert (layer(x).double() - exact).norm() <= bound * exact.norm()
+    # It is in memory once, in the file's order or in oneDNN's.
+    assert isinstance(layer, DecodedLinearCpu)
+    plain = sum(parameter.nbytes for parameter in layer.parameters()) - bias.nbytes
+    assert plain + layer.packed_bytes == 4 * 64 * 128
+    x = seeded(3, 128).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    exact = decoded.sum(0).expand(3, -1)
+    assert (x.grad.double() - exact).norm() <= bound * exact.norm()
     assert str(layer.kernel).startswith("decoded (")
     named = kernel_name(scheme, 64, 128, device=CPU, dtype=dtype, ways=ways_of(scheme, None, dtype))
     assert named == layer.kernel
