@@ -491,7 +491,7 @@ PUBLISHED_RETENTION = (
 
 
 def retention() -> str:
-    """Retention of recipes and codes for gte-nano, and published retention of other models."""
+    """Retention of recipes and codes on two models, and published retention of other models."""
     names = {"nano": "float32", "int8": "`int8`", "gptq-int4": "`gptq-int4`"}
     rows = []
     for row in read("grid")["rows"]:
@@ -500,24 +500,35 @@ def retention() -> str:
             continue
         value, low, high = row["difference"]
         base = row["score"] - value
-        kept, *ends = (100 * (1 + change / base) for change in (value, low, high))
-        rows.append(
-            [
-                "gte-nano",
-                names[recipe],
-                code,
-                f"{kept:.2f} %",
-                f"{ends[0]:.2f} to {ends[1]:.2f}",
-                f"{100 * row['neighbour_overlap']:.1f} %",
-                "suite `offline`",
-            ]
-        )
+        kept = tuple(1 + change / base for change in (value, low, high))
+        rows.append(_retained("gte-nano", names[recipe], code, kept, row, "suite `offline`"))
+    for row in read("retention")["rows"]:
+        kept = row["retention"], row["retention_low"], row["retention_high"]
+        if None in kept or (row["recipe"], row["code"]) == ("base", "float32"):
+            continue
+        recipe = "float32" if row["recipe"] == "base" else f"`{row['recipe']}`"
+        rows.append(_retained(row["model"], recipe, row["code"], kept, row, "two English tasks"))
     rows += [
         [f"*{model}*", weights, code, f"{kept:g} %", "–", "–", source]
         for model, weights, code, kept, source in PUBLISHED_RETENTION
     ]
     headings = ("model", "weights", "vectors", "score kept", "95 % interval", "nearest kept")
     return markdown((*headings, "where"), rows)
+
+
+def _retained(
+    model: str,
+    weights: str,
+    code: str,
+    kept: tuple[float, float, float],
+    row: dict[str, Any],
+    where: str,
+) -> list[str]:
+    """A row of `retention`; `kept` is the share of the score and the ends of its interval."""
+    value, low, high = (100 * share for share in kept)
+    neighbours = f"{100 * row['neighbour_overlap']:.1f} %"
+    interval = f"{low:.2f} to {high:.2f}"
+    return [model, weights, code, f"{value:.2f} %", interval, neighbours, where]
 
 
 def grid_time() -> str:
