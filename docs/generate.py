@@ -276,6 +276,22 @@ def new_language() -> str:
     return markdown(("model", "recipe", "setting", "static", *heads), rows)
 
 
+def gptaq() -> str:
+    """The error by the share of GPTAQ's correction, with all of the built-in languages."""
+    shares = {"GPTAQ 0": "0", "GPTAQ 0.25": "0.25", "as it is": "0.5", "GPTAQ 0.75": "0.75"}
+    found = {
+        (row["model"], row["setting"]): row
+        for row in read("robustness")["rows"]
+        if row["recipe"] == "gptq-int4" and row["calibration"] == "builtin, 256 texts"
+    }
+    rows = [
+        (model, share, *(f"{found[model, setting][field]:.5f}" for field in ("mean", "worst")))
+        for model in ("all-MiniLM-L6-v2", "gte-nano")
+        for setting, share in shares.items()
+    ]
+    return markdown(("model", "share of GPTAQ", "mean of kinds", "worst kind"), rows)
+
+
 def ablation() -> str:
     """Errors and build times as parts of the method are added."""
     by_parts: dict[str, dict[str, Any]] = {}
@@ -1123,6 +1139,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-quality": peers_quality,
     "peers-ratios": peers_ratios,
     "new-language": new_language,
+    "gptaq": gptaq,
     "whole": whole,
     "calibration": calibration,
     "failures": failures,
