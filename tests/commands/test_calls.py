@@ -16,6 +16,7 @@ from gteopt.commands.evaluate import EvaluationSetup
 from gteopt.commands.optimize import propose_plan
 from gteopt.config.plan import BenchSpec, Workload
 from gteopt.errors import InputError
+from gteopt.kernels.cpu import multiplies_bfloat16
 from gteopt.records.evaluation import EvalReport
 from gteopt.report.compare import comparison_rows, item_rows
 
@@ -105,6 +106,10 @@ def test_kernels_are_those_that_were_asked_for_and_the_record_says_so(workspace:
     assert "decoded" not in reports["nano"].versions["arithmetic"]
     with pytest.raises(InputError, match=r"unknown kernels 'nosuch'.*measured"):
         gteopt.inspect(workspace / "int8", kernels="nosuch")
+    with pytest.raises(InputError, match=r"unknown kernels 'nosuch'.*measured"):
+        gteopt.load("nano", device="cpu", kernels="nosuch")  # without quantized layers, too
+    measured = gteopt.inspect("nano", device="cpu", kernels="measured").kernels
+    assert ("packed once" in str(measured)) == multiplies_bfloat16()
 
 
 def test_two_results_folders_are_compared_item_by_item(workspace: Path, tmp_path: Path) -> None:
