@@ -53,9 +53,10 @@ from gteopt.formats.packed import (
 from gteopt.quant.affine import PackedWeight
 from gteopt.quant.packing import pack_codes, packed_width, unpack_codes
 
-_REPEATS, _MOST_REPEATS = re.compile(r"[*+{]"), 4
+_CHOICES, _MOST_CHOICES, _LONGEST_PATTERN = re.compile(r"[*+{(]|(?<!\()\?"), 5, 200
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
-"""What makes Python's regular expressions take exponential time, or a high power of the length."""
+"""Python tries all combinations of what repetitions and groups may match. A few choices in a short
+pattern take a power of the name's length; a repeated group takes exponential time."""
 _Wanted = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]
 
 
@@ -289,10 +290,12 @@ def _matches(target: str, name: str) -> bool:
     """
     if target.startswith("re:"):
         pattern = target.removeprefix("re:")
-        if len(_REPEATS.findall(pattern)) > _MOST_REPEATS or _REPEATED_GROUP.search(pattern):
+        is_long = len(pattern) > _LONGEST_PATTERN or len(_CHOICES.findall(pattern)) > _MOST_CHOICES
+        if is_long or _REPEATED_GROUP.search(pattern):
             raise UnsupportedError(
-                f"compressed-tensors target {shorten_value(target)!r} repeats a group, or repeats "
-                f"more than {_MOST_REPEATS} times, so that matching it could take hours"
+                f"compressed-tensors target {shorten_value(target)!r} repeats a group, or has more "
+                f"than {_MOST_CHOICES} repetitions and groups or {_LONGEST_PATTERN} characters, so "
+                f"that matching it could take hours"
             )
         return re.match(pattern, name) is not None
     return name == target or name.endswith(f".{target}")

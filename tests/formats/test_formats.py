@@ -394,7 +394,10 @@ def test_a_message_quotes_200_characters_of_a_foreign_value_at_most(
         ("re:.*self_attn\\.(q|k|v)_proj$", True),
         ("re:(model\\.)?layers\\.[0-9]+\\.mlp\\..*", True),
         ("re:(a+)+$", False),
-        ("re:" + ".*" * 5 + "x", False),
+        ("re:" + ".*" * 6 + "x", False),
+        ("re:" + ".?" * 30 + "x", False),
+        ("re:" + "(.|.)" * 30 + "x", False),
+        ("re:" + "(" + "|".join(["a"] * 120) + ")x", False),
         ("re:(.{0,9}){0,9}x", False),
     ],
 )
