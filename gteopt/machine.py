@@ -6,8 +6,10 @@ Hides: where an operating system keeps these facts. Refuses to know: what was me
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
+import sys
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,6 +29,10 @@ _LIBRARIES = (
     "safetensors",
     "numpy",
 )
+_ALLOCATOR_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
+_KEPT_BYTES = 256 << 20
+_MAPPED_BYTES = 32 << 20  # the most that glibc itself raises this threshold to
 # A processor with these flags is several times faster at int8 and bf16. A virtual machine may hide
 # them under the same model name.
 _LOW_PRECISION_FLAGS = ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni", "avx_vnni", "i8mm")
@@ -134,3 +140,20 @@ def release_freed_memory() -> None:
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc keep `_KEPT_BYTES` of freed memory for the next allocations; whether it does.
+
+    By default glibc returns a layer's activations to the system when they are freed. The system
+    then clears the same pages for the next layer. Settings of the user's in glibc's variables
+    (`_ALLOCATOR_VARIABLES`) stay as they are.
+    """
+    if any(map(os.environ.get, _ALLOCATOR_VARIABLES)) or not sys.platform.startswith("linux"):
+        return False
+    with suppress(AttributeError, OSError):  # musl has no such function
+        mallopt = ctypes.CDLL(None).mallopt
+        return bool(
+            mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES) and mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+        )
+    return False

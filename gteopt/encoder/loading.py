@@ -46,7 +46,7 @@ from gteopt.encoder.skeleton import (
 from gteopt.errors import InputError, NumericsError, UnsupportedError, suggest_names
 from gteopt.kernels import speed_up_linears_
 from gteopt.kernels.measured import DETERMINISTIC, choose_kernel_ways
-from gteopt.machine import release_freed_memory
+from gteopt.machine import keep_freed_memory, release_freed_memory
 from gteopt.model.checkpoint import LATENT_FILE, LATENT_PREFIX, Checkpoint, opening_checkpoint
 from gteopt.model.foreign import foreign_errors
 from gteopt.model.st_files import STATIC
@@ -139,6 +139,8 @@ def load_checkpoint(
     dtype = parse_dtype(resolve_dtype(checkpoint, options.dtype))
     openvino_model, streams, ways = None, False, DETERMINISTIC
     if backend == "torch" and device.type == "cpu":
+        if later is None:  # a build that reads block by block has no memory to spare
+            keep_freed_memory()
         ways = choose_kernel_ways(list_quantized_layers(checkpoint), dtype, options.kernels)
     if backend == "openvino":
         module = build_skeleton(checkpoint)

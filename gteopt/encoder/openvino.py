@@ -111,6 +111,7 @@ class OpenVinoModel:
             {
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                 "NUM_STREAMS": 1,
+                "ENABLE_CPU_PINNING": False,  # two processes would bind to the same cores
                 "INFERENCE_PRECISION_HINT": "bf16" if in_short else "f32",
                 "DYNAMIC_QUANTIZATION_GROUP_SIZE": _ACTIVATION_GROUP if builder.rounds else 0,
             },

@@ -196,6 +196,32 @@ def test_an_artifact_has_the_same_vectors_on_both_backends(artifact: Path) -> No
     np.testing.assert_allclose(np.linalg.norm(by_openvino, axis=1), 1, atol=1e-6)
 
 
+CORES_WHILE_COMPUTING = """
+import os
+import threading
+from contextlib import suppress
+
+import gteopt
+
+encoder = gteopt.load("nano", device="cpu", backend="openvino")
+computing = threading.Thread(target=encoder.encode, args=(["a bridge over the river"] * 256,))
+computing.start()
+seen = set()
+while computing.is_alive():
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):
+            seen.add(tuple(os.sched_getaffinity(int(thread))))
+print(seen == {tuple(os.sched_getaffinity(0))})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists the cores of a thread")
+def test_its_threads_may_use_every_core() -> None:
+    """Threads bound to a core would share it with those of the next process."""
+    command = [sys.executable, "-c", CORES_WHILE_COMPUTING]
+    assert subprocess.check_output(command, text=True).split()[-1] == "True"
+
+
 @pytest.fixture(scope="module")
 def static(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The nano with static activations in every layer."""
