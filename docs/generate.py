@@ -372,6 +372,23 @@ def speed_kernels() -> str:
     return markdown(("model", "number type", *headings), rows)
 
 
+def speed_threads() -> str:
+    """What a second thread gains, beside what a second process gains on the same machine."""
+    rows = [
+        (
+            row["model"].split(",")[0].split(" with")[0],
+            row["engine"],
+            f"{row['one_s']:.2f} s",
+            f"{row['two_s']:.2f} s",
+            f"{row['thread_gain']:.2f}",
+            f"{row['machine_gain']:.2f}",
+        )
+        for row in read("threads")["rows"]
+    ]
+    headings = ("one thread", "two threads", "times", "two processes: times")
+    return markdown(("model", "engine", *headings), rows)
+
+
 def solver_peers() -> str:
     """Solvers of gteopt and of other libraries on one problem."""
     rows = [
@@ -1149,6 +1166,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-avx2": speed("avx2"),
     "speed-makers": speed_makers,
     "speed-kernels": speed_kernels,
+    "speed-threads": speed_threads,
     "solver-peers": solver_peers,
     "peaks": peaks,
     "grid": grid,

@@ -434,7 +434,7 @@ def _apply_normed(norm: Any, layers: Sequence[nn.Module], x: Tensor) -> list[Ten
 def _by_blocks(
     function: Callable[[Tensor], Tensor], x: Tensor, layers: Sequence[nn.Module]
 ) -> Tensor:
-    """A function of tokens [T, D], computed on a CPU in parts whose activations fit the cache.
+    """A function of tokens [T, D], computed on a CPU in parts whose activations fit the caches.
 
     If one of its `layers` decodes its weight in each call, there is one part: decoding again for
     each part would take longer than the cache saves.
@@ -443,12 +443,13 @@ def _by_blocks(
         isinstance(layer, DequantLinear) or (isinstance(layer, Int4LinearCpu) and layer.decodes)
         for layer in layers
     )
-    if x.device.type != "cpu" or len(x) <= _TOKEN_BLOCK or decodes:
+    size = _THREAD_TOKENS * torch.get_num_threads()  # each core has a cache of its own
+    if x.device.type != "cpu" or len(x) <= size or decodes:
         return function(x)
-    return torch.cat([function(part) for part in x.split(_TOKEN_BLOCK)])  # type: ignore[no-untyped-call]
+    return torch.cat([function(part) for part in x.split(size)])  # type: ignore[no-untyped-call]
 
 
-_TOKEN_BLOCK = 256
+_THREAD_TOKENS = 256
 
 
 def _start(embedding: nn.Module, ids: Tensor) -> Tensor:
