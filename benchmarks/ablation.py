@@ -102,8 +102,8 @@ GUIDED = {
 """Share of a token's weight that its gradient decides, and GPTAQ's strength, by row."""
 BY_GRADIENTS = "both, bits chosen by gradients as in deep models"
 RECIPES = {
-    "bits by layer (mixed-4.25)": "mixed-4.25",
-    "both (mixed-nf4)": "mixed-nf4",
+    "bits by layer (mixed-4.25 without GPTAQ)": "mixed-4.25",
+    "both (mixed-nf4 without GPTAQ)": "mixed-nf4",
     BY_GRADIENTS: "mixed-nf4",
 }
 TUNED: dict[str, Callable[[int], TuningSchedule]] = {
@@ -139,7 +139,10 @@ def main() -> None:
     pairs = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
     texts = list(dict.fromkeys([p["sentence1"] for p in pairs] + [p["sentence2"] for p in pairs]))
     recipes = {name: _recipe(weights) for name, weights in SOLVED.items()}
-    recipes |= {name: load_recipe(recipe) for name, recipe in RECIPES.items()}
+    for name, recipe in RECIPES.items():
+        mixed = load_recipe(recipe)
+        weights = mixed.weights.model_copy(update={"gptaq_strength": 0.0})
+        recipes[name] = mixed.model_copy(update={"weights": weights})
     rotated_recipes = {name: _recipe(weights) for name, weights in ROTATED.items()}
     rows: list[Row] = []
     if options.out.is_file():

@@ -368,16 +368,21 @@ def _read_inputs(
 
 
 def _bias(linear: nn.Linear, codes: QuantizedWeight, inputs: LayerInputs | None) -> Tensor | None:
-    """The layer's bias; with static activations, it corrects the shift of the mean output.
+    """The layer's bias, which corrects the shift of the mean output (Nagel et al. 2019).
 
-    Rounding causes that shift (Nagel et al. 2019, arXiv:1906.04721).
+    Rounding causes that shift (arXiv:1906.04721). If the original model runs too, the mean is the
+    original layer's, so that shifts of earlier layers are corrected as well. If only the inputs are
+    rounded by fixed scales, it is that of the inputs before rounding.
     """
     bias: Tensor | None = linear.bias
-    if bias is None or inputs is None or inputs.mean is None:
+    if bias is None or inputs is None:
         return bias
-    exact_mean = linear.weight.float() @ inputs.mean
+    original_mean = inputs.statistics.original_mean
+    exact_inputs = inputs.mean if original_mean is None else original_mean
+    if exact_inputs is None:
+        return bias
     quantized_mean = codes.dequantize() @ inputs.statistics.mean
-    return bias + (exact_mean - quantized_mean).to(bias.dtype)
+    return bias + (linear.weight.float() @ exact_inputs - quantized_mean).to(bias.dtype)
 
 
 def _smooth_(build: BlockBuild, block: Block, inputs: Sequence[BlockInput]) -> dict[str, Smoothing]:

@@ -33,6 +33,8 @@ class HessianAccumulator:
     Attributes:
         n_rows: inputs added so far.
         mean: float32 [I], mean of the inputs added so far.
+        original_mean: float32 [I], mean of the same inputs in the original model; None if `add` was
+            given none.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class HessianAccumulator:
     ) -> None:
         self._sum = torch.zeros(in_features, in_features, device=device)
         self.mean = torch.zeros(in_features, device=device)
+        self.original_mean: Tensor | None = None
         self._is_mirrored = True
         is_narrow = through is not None and len(through) < in_features
         self._through = through if is_narrow else None
@@ -95,6 +98,9 @@ class HessianAccumulator:
             x = x.float()  # a difference of 16-bit floats needs more bits
             features = x.T
             difference = original.to(x) - x
+            if self.original_mean is None:
+                self.original_mean = torch.zeros_like(self.mean)
+            self.original_mean.lerp_(original.to(x).mean(0), len(x) / total)
             if self._through is not None:
                 difference = matrix_product(difference, self._through.to(x))  # [n, O]
             if self._cross is None:

@@ -15,8 +15,10 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 import gteopt
 from gteopt.build import estimate
@@ -27,6 +29,7 @@ from gteopt.config.recipe import (
     Calibration,
     Dims,
     DimsMethod,
+    GptqWeights,
     LayerScheme,
     Recipe,
     RtnWeights,
@@ -590,3 +593,33 @@ def test_compensation_brings_vectors_closer_and_survives_a_kill(tmp_path: Path) 
         for name in ("whole", "plain")
     )
     assert compensated < 0.95 * plain
+
+
+def test_a_bias_restores_the_original_models_mean_output(tmp_path: Path) -> None:
+    """Over the calibration texts, in the last block, whose inputs earlier blocks have shifted."""
+    drawn = draw_calibration_texts(Calibration(n_texts=64))
+    texts = [drawn_text.text.replace("\n", " ")[:80].strip() for drawn_text in drawn]
+    own = tmp_path / "texts.txt"
+    own.write_text("\n".join(texts))
+    recipe = load_recipe("gptq-int3").model_copy(
+        update={"calibration": Calibration(texts=str(own), n_texts=64, random_texts=0)}
+    )
+    assert isinstance(recipe.weights, GptqWeights)
+    assert recipe.weights.gptaq_strength > 0
+    gteopt.quantize("nano", recipe, tmp_path / "int3", dtype="float32")
+    exact, made = (
+        _mean_output(source, "layers.3.self_attn.v_proj", texts)
+        for source in ("nano", tmp_path / "int3")
+    )
+    spread = float(exact.square().mean().sqrt())
+    assert float((made - exact).square().mean().sqrt()) < 0.01 * spread  # without it: 0.028
+
+
+def _mean_output(source: str | Path, layer: str, texts: list[str]) -> Tensor:
+    """Mean output of a layer over all tokens of the texts, which are encoded as documents."""
+    encoder = gteopt.load(source, dtype="float32", device="cpu")
+    (module,) = (m for name, m in encoder.module.named_modules() if name.endswith(layer))
+    outputs: list[Tensor] = []
+    module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output.clone()))
+    encoder.encode(texts)
+    return torch.cat([output.reshape(-1, output.shape[-1]) for output in outputs]).mean(0)
