@@ -380,17 +380,17 @@ class Int8LinearCpu(nn.Module):
         columns: Tensor | tuple[()] = ()
         if self.outliers is not None:
             x, outliers, columns = take_outliers(x, self.outliers)
-        given, x = x, x.float()
-        room = None if x is given else x  # a converted input is ours to overwrite
+        is_copy = x.dtype != torch.float32
+        x = x.float()
         most = (1 << self.bits) - 1
         if self.symmetric:
             scale = x.abs().amax(-1, keepdim=True).div_(most >> 1).clamp_min_(_TINY)
-            codes = torch.div(x, scale, out=room).round_()
+            codes = (x.div_(scale) if is_copy else x / scale).round_()
             return TokenCodes(codes, scale, None, outliers, columns)
         low = x.amin(-1, keepdim=True).clamp_max_(0)
         scale = x.amax(-1, keepdim=True).clamp_min_(0).sub_(low).div_(most).clamp_min_(_TINY)
         least = low.div_(scale).round_()  # the zero point, negative
-        codes = torch.div(x, scale, out=room).round_().sub_(least)
+        codes = (x.div_(scale) if is_copy else x / scale).round_().sub_(least)
         if self.bits == 8:
             codes.clamp_max_(most)  # both ends may round up; with 7 bits one more is still exact
         return TokenCodes(codes, scale, least.mul_(scale), outliers, columns)
