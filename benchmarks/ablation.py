@@ -62,6 +62,7 @@ NF4 = {"bits": 4, "group_size": 64, "symmetric": True, "number_format": "nf4"}
 INT8 = {"bits": 8, "group_size": "per_channel", "symmetric": True, "activation_bits": 8}
 PLAIN = {"act_order": False, "clip_search": False}
 GPTAQ = {"gptaq_strength": 0.5}
+ROWS = {"row_feedback": 0.5}
 SOLVED: dict[str, dict[str, Any]] = {
     "round to nearest": {"method": "rtn", "scheme": INT4},
     "+ clip search": {"method": "rtn", "scheme": INT4, "clip_search": True},
@@ -74,10 +75,12 @@ SOLVED: dict[str, dict[str, Any]] = {
         "clip_search": True,
     },
     "GPTQ + both": {"method": "gptq", "scheme": INT4},
-    "gptq-int4: GPTAQ too (gptaq_strength)": {"method": "gptq", "scheme": INT4, **GPTAQ},
+    "GPTQ + both + GPTAQ": {"method": "gptq", "scheme": INT4, **GPTAQ},
+    "gptq-int4: row feedback too": {"method": "gptq", "scheme": INT4, **GPTAQ, **ROWS},
     "NF4, round to nearest": {"method": "rtn", "scheme": NF4},
     "NF4, GPTQ + both": {"method": "gptq", "scheme": NF4},
-    "gptq-nf4: GPTAQ too": {"method": "gptq", "scheme": NF4, **GPTAQ},
+    "NF4, GPTQ + both + GPTAQ": {"method": "gptq", "scheme": NF4, **GPTAQ},
+    "gptq-nf4: row feedback too": {"method": "gptq", "scheme": NF4, **GPTAQ, **ROWS},
     "W8A8, round to nearest (rtn-int8)": {"method": "rtn", "scheme": INT8},
 }
 ROTATED = {
@@ -85,8 +88,8 @@ ROTATED = {
     for name in (
         "round to nearest",
         "GPTQ + both",
-        "gptq-int4: GPTAQ too (gptaq_strength)",
-        "gptq-nf4: GPTAQ too",
+        "GPTQ + both + GPTAQ",
+        "NF4, GPTQ + both + GPTAQ",
         "W8A8, round to nearest (rtn-int8)",
     )
 }
@@ -95,15 +98,15 @@ GUIDED = {
     f"{name}, Hessian guided{half}": (share, gptaq_strength)
     for name, gptaq_strength in (
         ("GPTQ + both", 0.0),
-        ("gptq-int4: GPTAQ too", 0.5),
+        ("GPTQ + both + GPTAQ", 0.5),
     )
     for share, half in ((1.0, ""), (0.5, " by half"))
 }
 """Share of a token's weight that its gradient decides, and GPTAQ's strength, by row."""
 BY_GRADIENTS = "both, bits chosen by gradients as in deep models"
 RECIPES = {
-    "bits by layer (mixed-4.25 without GPTAQ)": "mixed-4.25",
-    "both (mixed-nf4 without GPTAQ)": "mixed-nf4",
+    "bits by layer (as mixed-4.25)": "mixed-4.25",
+    "both (as mixed-nf4)": "mixed-nf4",
     BY_GRADIENTS: "mixed-nf4",
 }
 TUNED: dict[str, Callable[[int], TuningSchedule]] = {
@@ -141,7 +144,8 @@ def main() -> None:
     recipes = {name: _recipe(weights) for name, weights in SOLVED.items()}
     for name, recipe in RECIPES.items():
         mixed = load_recipe(recipe)
-        weights = mixed.weights.model_copy(update={"gptaq_strength": 0.0})
+        plain = {"gptaq_strength": 0.0, "row_feedback": 0.0}
+        weights = mixed.weights.model_copy(update=plain)
         recipes[name] = mixed.model_copy(update={"weights": weights})
     rotated_recipes = {name: _recipe(weights) for name, weights in ROTATED.items()}
     rows: list[Row] = []

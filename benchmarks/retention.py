@@ -7,8 +7,8 @@ keeps its rows of other models:
     .venv/bin/python benchmarks/retention.py --hub-dir ../shared/hub \
         --beir ../shared/beir/cranfield --out benchmarks/results/retention.json
 
-Tasks are STSBenchmark and a search among the first 600 documents of Cranfield. Both tasks are in
-English, which both models know. Layers that are not quantized compute in float32.
+Tasks are those of the suite `offline`, and a search among the first 600 documents of Cranfield.
+They are in four languages. Layers that are not quantized compute in float32.
 """
 
 from __future__ import annotations
@@ -139,11 +139,10 @@ def measured(model: str, options: argparse.Namespace, work: Path) -> list[Retent
 
 
 def suite_of(beir: Path, folder: Path) -> Suite:
-    """STSBenchmark, and a search among the first documents of a BEIR folder."""
+    """The tasks of `offline`, and a search among the first documents of a BEIR folder."""
     offline = load_suite("offline")
-    tasks = [task for task in offline.tasks if task.task == "STSBenchmark"]
     search = SuiteTask(task="Cranfield", data=part_of(beir, folder))
-    return offline.model_copy(update={"name": "retention", "tasks": (*tasks, search)})
+    return offline.model_copy(update={"name": "retention", "tasks": (*offline.tasks, search)})
 
 
 def part_of(beir: Path, folder: Path) -> Path:

@@ -84,6 +84,9 @@ SETTINGS = {
     "GPTAQ 0": Setting((("gptaq_strength", 0.0),)),
     "GPTAQ 0.25": Setting((("gptaq_strength", 0.25),)),
     "GPTAQ 0.75": Setting((("gptaq_strength", 0.75),)),
+    "row feedback 0": Setting((("row_feedback", 0.0),)),
+    "row feedback 0.25": Setting((("row_feedback", 0.25),)),
+    "row feedback 0.75": Setting((("row_feedback", 0.75),)),
     "shrinkage 0.05, 1/L^0.5": Setting(
         shrinkage=0.05, weigh=lambda length, _kind, _all: length**-0.5
     ),

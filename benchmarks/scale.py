@@ -261,7 +261,7 @@ def measure(
         "n_texts": n_texts,
         "max_tokens": n_tokens,
         "recipe": recipe.name,
-        "gptaq_strength": recipe.weights.gptaq_strength if recipe.weights.method == "gptq" else 0.0,
+        **{name: getattr(recipe.weights, name, 0.0) for name in ("gptaq_strength", "row_feedback")},
         "device": device,
         "predicted_bytes": predicted.build_bytes,
         "predicted_s": round(predicted.build_s or 0.0, 1),
@@ -275,8 +275,9 @@ def measure(
 def keep(kind: str, row: dict[str, object], out: Path = RESULTS) -> None:
     """Put one row into the file, in place of an earlier row of the same workload."""
     results = read_results(out)
-    workload = ("shape", "n_texts", "max_tokens", "recipe", "gptaq_strength", "device")
-    rows = [r for r in results.get(kind, []) if any(r[key] != row[key] for key in workload)]
+    workload = ["shape", "n_texts", "max_tokens", "recipe", "device"]
+    workload += ["gptaq_strength", "row_feedback"]
+    rows = [r for r in results.get(kind, []) if any(r.get(key, 0) != row[key] for key in workload)]
     write_results(out, {**results, kind: [*rows, row]})
     beyond = int(str(row["peak_bytes"])) - int(str(row["imports_bytes"]))
     print(

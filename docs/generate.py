@@ -16,7 +16,7 @@ import runpy
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -279,6 +279,20 @@ def new_language() -> str:
 def gptaq() -> str:
     """The error by the share of GPTAQ's correction, with all of the built-in languages."""
     shares = {"GPTAQ 0": "0", "GPTAQ 0.25": "0.25", "as it is": "0.5", "GPTAQ 0.75": "0.75"}
+    return _by_setting("share of GPTAQ", shares)
+
+
+def row_feedback() -> str:
+    """The error by the share of the correlations that rows are corrected by."""
+    shares = ("0", "0.25", "0.5", "0.75")
+    settings = {
+        "as it is" if share == "0.5" else f"row feedback {share}": share for share in shares
+    }
+    return _by_setting("row feedback", settings)
+
+
+def _by_setting(heading: str, shares: Mapping[str, str]) -> str:
+    """Errors of `gptq-int4` by setting, on the kinds of text that are judged."""
     found = {
         (row["model"], row["setting"]): row
         for row in read("robustness")["rows"]
@@ -289,15 +303,14 @@ def gptaq() -> str:
         for model in ("all-MiniLM-L6-v2", "gte-nano")
         for setting, share in shares.items()
     ]
-    return markdown(("model", "share of GPTAQ", "mean of kinds", "worst kind"), rows)
+    return markdown(("model", heading, "mean of kinds", "worst kind"), rows)
 
 
 def ablation() -> str:
     """Errors and build times as parts of the method are added."""
     by_parts: dict[str, dict[str, Any]] = {}
     for row in read("ablation")["rows"]:
-        parts = row["parts"].replace(" (compensate)", "")
-        by_parts.setdefault(parts, {})[row["model"]] = row
+        by_parts.setdefault(row["parts"], {})[row["model"]] = row
     rows = []
     for parts, by_model in by_parts.items():
         bits = max(row["bits_per_weight"] for row in by_model.values())
@@ -525,22 +538,13 @@ PUBLISHED_RETENTION = (
 
 def retention() -> str:
     """Retention of recipes and codes on two models, and published retention of other models."""
-    names = {"nano": "float32", "int8": "`int8`", "gptq-int4": "`gptq-int4`"}
     rows = []
-    for row in read("grid")["rows"]:
-        recipe, dims, code = row["name"].rsplit("-", 2)
-        if dims != "256" or row["name"] == "nano-256-float32":
-            continue
-        value, low, high = row["difference"]
-        base = row["score"] - value
-        kept = tuple(1 + change / base for change in (value, low, high))
-        rows.append(_retained("gte-nano", names[recipe], code, kept, row, "suite `offline`"))
     for row in read("retention")["rows"]:
         kept = row["retention"], row["retention_low"], row["retention_high"]
         if None in kept or (row["recipe"], row["code"]) == ("base", "float32"):
             continue
         recipe = "float32" if row["recipe"] == "base" else f"`{row['recipe']}`"
-        rows.append(_retained(row["model"], recipe, row["code"], kept, row, "two English tasks"))
+        rows.append(_retained(row["model"], recipe, row["code"], kept, row, "eight tasks"))
     rows += [
         [f"*{model}*", weights, code, f"{kept:g} %", "–", "–", source]
         for model, weights, code, kept, source in PUBLISHED_RETENTION
@@ -594,7 +598,8 @@ def builds() -> str:
         strength = row.get("gptaq_strength", row.get("compensate"))
         rows.append(
             (
-                f"`{row['recipe']}`, GPTAQ {strength:g}",
+                f"`{row['recipe']}`, GPTAQ {strength:g}"
+                + (f", rows {row['row_feedback']:g}" if row.get("row_feedback") else ""),
                 f"{_SHAPES[row['shape']['hidden']]}, {row['shape']['layers']} layers",
                 f"{row['n_texts']} × {row['max_tokens']}",
                 row["machine"]["cpu"].removeprefix("AMD "),
@@ -939,6 +944,7 @@ UNITS = {
     "activation_outliers": "size of an input",
     "damping": "share of the mean diagonal",
     "gptaq_strength": "share of the error",
+    "row_feedback": "share of the correlations",
     "budget": "bits a weight, mean",
     "Plan.budget": "time",
     "n_texts": "texts",
@@ -1157,6 +1163,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers-ratios": peers_ratios,
     "new-language": new_language,
     "gptaq": gptaq,
+    "row-feedback": row_feedback,
     "whole": whole,
     "calibration": calibration,
     "failures": failures,

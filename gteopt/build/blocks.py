@@ -24,6 +24,7 @@ from gteopt.build.layer_plan import (
     shortens_vectors,
 )
 from gteopt.build.layers import LayerInputs, layer_memory_errors, solve_layers
+from gteopt.build.output_hessians import output_hessian_path, read_output_hessians
 from gteopt.build.replay import (
     Block,
     BlockInput,
@@ -71,6 +72,8 @@ class BlockBuild:
         devices: devices that solve layers at the same time; if empty, the encoder's device solves
             one after the other.
         progress: called after each block.
+        output_hessians: folder with the files of `measure_output_hessians`; None if rows do not
+            correct each other.
     """
 
     encoder: Encoder
@@ -78,6 +81,7 @@ class BlockBuild:
     plan: LayerPlan
     devices: Sequence[str]
     progress: Progress
+    output_hessians: Path | None = None
 
 
 def quantize_blocks(
@@ -306,6 +310,11 @@ def _quantize_block_(
         assert original is not None
         assert states.original is not None
         compared = OriginalBlock(original, states.original)
+    output_hessians: Mapping[str, Sequence[Tensor]] = {}
+    if build.output_hessians is not None:
+        output_hessians = read_output_hessians(
+            output_hessian_path(build.output_hessians, block.name)
+        )
     for group in states.order:
         wanted = [name for part in group if (name := f"{block.name}.{part}") in linears]
         if not wanted:
@@ -320,7 +329,8 @@ def _quantize_block_(
                 raise NumericsError(f"the weights of {name} hold NaN or infinity in the base")
         devices = build.devices or [str(encoder.device)]
         for name, record, codes in solve_layers(
-            {name: linears[name] for name in wanted}, build.plan, weights, inputs, devices
+            {name: linears[name] for name in wanted},
+            *(build.plan, weights, inputs, devices, output_hessians),
         ):
             linear = linears.pop(name)
             records[name] = record

@@ -8,12 +8,13 @@ rates. Refuses to know: weights, texts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from gteopt.build.output_hessians import MOST_OUTPUTS, N_PROBES
 from gteopt.config.recipe import GptqWeights, LayerScheme, NoWeights, Recipe
 from gteopt.cores import n_cores
 from gteopt.quant.grid_search import fit_grids
@@ -77,24 +78,24 @@ def _cpu_seconds(work: Callable[[], object]) -> float:
 
 def estimate_build_seconds(
     recipe: Recipe,
-    schemes: Mapping[str, LayerScheme],
-    shapes: Mapping[str, Shape],
+    shapes: Sequence[Shape],
     n_tokens: int,
     *,
     n_choices: int = 1,
+    gradient_tokens: int = 0,
     device: str = "cpu",
 ) -> float:
     """Seconds that a build of one variant takes, without imports.
 
     Args:
         recipe: the recipe of the build.
-        schemes: the layers that are quantized.
-        shapes: output and input features [O, I] of each layer.
+        shapes: output and input features [O, I] of each layer that is quantized.
         n_tokens: tokens of the calibration texts, including padding.
         n_choices: schemes from which a budget chooses for each layer.
+        gradient_tokens: tokens of the texts that gradients are measured on.
         device: "cpu" or "cuda".
     """
-    n_weights = sum(shapes[name][0] * shapes[name][1] for name in schemes)
+    n_weights = sum(rows * columns for rows, columns in shapes)
     cores = _GPU_CORES if device == "cuda" else n_cores()
     weights = recipe.weights
     if isinstance(weights, NoWeights):
@@ -103,8 +104,9 @@ def estimate_build_seconds(
         return _START_S + n_weights / (_ROUNDED_PER_S * cores)
     n_passes = 3 if weights.gptaq_strength or weights.smooth else 2
     work = n_passes * 2 * n_weights * n_tokens
-    for name in schemes:
-        rows, columns = shapes[name]
+    work += (2 + N_PROBES) * 2 * n_weights * gradient_tokens
+    for rows, columns in shapes:
+        work += N_PROBES * gradient_tokens * rows * min(rows, MOST_OUTPUTS)
         # The Hessian; its factor and the factor's inverse; rounding, two errors and the signal.
         work += n_tokens * columns**2 + 2 * columns**3 // 3 + 4 * rows * columns**2
         if weights.gptaq_strength:  # the correction, by two triangular products

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
-from gteopt.build import tuning
+from gteopt.build import output_hessians, tuning
 from gteopt.build.bit_budget import SENSITIVITY_TEXTS
 from gteopt.build.build_time import estimate_build_seconds
 from gteopt.build.calibration_texts import (
@@ -32,6 +32,7 @@ from gteopt.build.layer_plan import (
     plan_layers,
     shortens_vectors,
 )
+from gteopt.build.output_hessians import N_TEXTS, output_hessian_bytes
 from gteopt.build.quantize import ACTIVATION_BYTES
 from gteopt.build.replay import BATCH_TOKENS, batch_replay_texts, emulates_bfloat16
 from gteopt.build.sensitivity import DEEP_BLOCKS, N_PROBES
@@ -120,10 +121,13 @@ def _estimate_build(build: _Build) -> RecipeEstimate:
         bytes_per_vector=_vector_bytes(base.checkpoint, recipe),
         build_s=estimate_build_seconds(
             recipe,
-            schemes,
-            {name: (layer.out_features, layer.in_features) for name, layer in base.linears.items()},
+            [
+                (layer.out_features, layer.in_features)
+                for layer in (base.linears[name] for name in schemes)
+            ],
             build.n_tokens,
             n_choices=max(map(len, build.plan.choices.values()), default=1),
+            gradient_tokens=_gradient_tokens(build) if build.plan.corrects_rows else 0,
             device=build.device,
         ),
         format=build.plan.format,
@@ -305,6 +309,15 @@ def _memory(build: _Build) -> _Memory:
     if plan.choices:
         measuring = _measuring_bytes(build, linears, len(sizes), sizes[largest])
         work = max(work, frame + measuring)
+    if plan.corrects_rows:
+        rows = [layer.out_features for name, layer in linears.items() if name in plan.schemes]
+        n_tokens = _gradient_tokens(build)
+        gradients = min(n_tokens, BATCH_TOKENS) * sum(rows) * build.replay_bytes
+        walking = sizes[largest] * build.replay_bytes + output_hessian_bytes(rows, item_bytes=6)
+        walking += _walk_back_bytes(build, linears, n_tokens, output_hessians.N_PROBES)
+        states = len(sizes) * _state_bytes(build, n_tokens)
+        walking += min(states, build.activation_bytes, output_hessians.STATE_BYTES)
+        work = max(work, frame + walking + gradients)
     written = min(_WRITE_BYTES, 2 * build.packed_bytes) + frame
     host = written if build.on_gpu else max(work, resident + written)
     host += min(_KEPT_BYTES + int(_KEPT_SHARE * host), _MOST_KEPT_BYTES)
@@ -350,21 +363,50 @@ def _disk_bytes(build: _Build) -> int:
     if not isinstance(build.recipe.weights, GptqWeights):
         return at_the_end
     hidden = build.n_hidden_kinds * build.n_tokens * base.hidden_size * build.replay_bytes
-    fed = 0
+    fed = gradients = 0
     n_blocks = len(list(modules.children()))
-    if plan.choices and n_blocks > DEEP_BLOCKS:  # the inputs of all blocks, before any is finished
-        fed = n_blocks * _state_bytes(build) - build.activation_bytes
-    return max(at_the_end, blocks + max(0, hidden - build.activation_bytes), fed)
+    # The inputs of all blocks, before any is finished.
+    if plan.choices and n_blocks > DEEP_BLOCKS:
+        fed = n_blocks * _state_bytes(build, _sensitivity_tokens(build)) - build.activation_bytes
+    if plan.corrects_rows:
+        rows = [base.linears[name].out_features for name in plan.schemes]
+        gradients = output_hessian_bytes(rows, item_bytes=2)
+        states = n_blocks * _state_bytes(build, _gradient_tokens(build))
+        in_memory = min(build.activation_bytes, output_hessians.STATE_BYTES)
+        fed = max(fed, gradients + max(0, states - in_memory))
+    return max(at_the_end, blocks + gradients + max(0, hidden - build.activation_bytes), fed)
 
 
-def _state_bytes(build: _Build) -> int:
-    """Bytes of the hidden states between two blocks, for the texts that measure sensitivities."""
-    return _sensitivity_tokens(build) * build.base.hidden_size * build.replay_bytes
+def _state_bytes(build: _Build, n_tokens: int) -> int:
+    """Bytes of the hidden states of some tokens between two blocks."""
+    return n_tokens * build.base.hidden_size * build.replay_bytes
 
 
 def _sensitivity_tokens(build: _Build) -> int:
+    """Tokens of the texts that sensitivities are measured on."""
     share = min(1.0, SENSITIVITY_TEXTS / build.recipe.calibration.n_texts)
     return int(build.n_tokens * share)
+
+
+def _gradient_tokens(build: _Build) -> int:
+    """Tokens of the texts that gradients are measured on."""
+    n_texts = build.recipe.calibration.n_texts + count_random_texts(build.recipe)
+    return build.n_tokens // max(1, n_texts // N_TEXTS)
+
+
+def _walk_back_bytes(
+    build: _Build, linears: Mapping[str, nn.Linear], n_tokens: int, n_probes: int
+) -> int:
+    """Peak bytes of gradients, without the block's weights and the inputs of blocks."""
+    running = 2 * _running_bytes(build, linears, n_tokens)  # activations and their gradients
+    return n_probes * _state_bytes(build, n_tokens) + running
+
+
+def _running_bytes(build: _Build, linears: Mapping[str, nn.Linear], n_tokens: int) -> int:
+    """Bytes of a block's activations for one batch."""
+    widest = max(max(layer.weight.shape) for layer in linears.values())
+    n_batch = min(n_tokens, BATCH_TOKENS)
+    return n_batch * (4 * widest + 4 * build.base.hidden_size) * build.replay_bytes
 
 
 def _measuring_bytes(
@@ -383,20 +425,21 @@ def _measuring_bytes(
         n_parameters: parameters of the largest block.
     """
     item = build.replay_bytes
-    n_tokens, state = _sensitivity_tokens(build), _state_bytes(build)
+    n_tokens = _sensitivity_tokens(build)
+    state = _state_bytes(build, n_tokens)
     counts = [len(schemes) for schemes in build.plan.choices.values()]
     trials = max(min(sum(counts) * state, build.activation_bytes), max(counts) * state)
     # The base's hidden states: at the first block, at the start of this walk, and at the current
     # block before and after it runs.
     base_states = 4 * state
-    widest = max(max(layer.weight.shape) for layer in linears.values())
-    running = min(n_tokens, BATCH_TOKENS) * (4 * widest + 4 * build.base.hidden_size) * item
+    running = _running_bytes(build, linears, n_tokens)
     most = max(layer.weight.numel() for layer in linears.values())
     rounding = (4 + 1 + 4) * most + search_bytes(most)
     if n_blocks > DEEP_BLOCKS:
-        trials = min(n_blocks * state, build.activation_bytes) + N_PROBES * state
         base_states = 2 * state  # the block's output, original and with a rounded layer
-        running *= 2  # activations that are kept for the backward pass, and their gradients
+        running = 0
+        trials = min(n_blocks * state, build.activation_bytes)
+        trials += _walk_back_bytes(build, linears, n_tokens, N_PROBES)
     return n_parameters * item + trials + base_states + max(running + item * most, rounding)
 
 
@@ -424,6 +467,9 @@ def _block_bytes(build: _Build, linears: Mapping[str, nn.Linear], n_parameters: 
         if uses_gptaq:
             n_cross_rows = min(rows, columns) if readers[columns] == 1 else columns
         solving = gptq.gptq_work_bytes(rows, columns, n_cross_rows=n_cross_rows)
+        if build.plan.corrects_rows:  # the factors, and rows that wait for their turn
+            solving += output_hessian_bytes([rows], item_bytes=2 + 4)
+            solving += 4 * min(rows, output_hessians.MOST_OUTPUTS) * columns
         accumulating = 4 * columns * (columns + n_cross_rows) + running
         accumulating += (3 if uses_gptaq else 1) * 4 * n_batch * columns
         peak = max(peak, loaded + solving, loaded + accumulating)

@@ -51,6 +51,7 @@ class LayerPlan:
         choices: schemes to choose from, by layer name; empty unless the recipe has a budget.
         tune_by: whether tuning after the solver takes the whole model or one block at a time; None
             means no tuning.
+        corrects_rows: whether rows correct each other by gradients of the whole model.
     """
 
     schemes: Mapping[str, LayerScheme]
@@ -60,6 +61,7 @@ class LayerPlan:
     blocks: str | None
     choices: Mapping[str, tuple[LayerScheme, ...]]
     tune_by: Literal["model", "block"] | None
+    corrects_rows: bool
 
 
 def plan_layers(
@@ -89,6 +91,7 @@ def plan_layers(
             blocks=None,
             choices={},
             tune_by=None,
+            corrects_rows=False,
         )
     if checkpoint.is_table:
         raise UnsupportedError(
@@ -99,7 +102,14 @@ def plan_layers(
     blocks, _ = find_blocks(skeleton, checkpoint.config.get("num_hidden_layers"))
     linears, reasons = _layers_to_quantize(skeleton, blocks, weights.skip)
     schemes, notes, misfits = _assign_schemes(recipe.name, weights, linears)
-    tune_by = _tune_by(recipe, sum(linears[name].weight.numel() for name in schemes))
+    n_weights = sum(linears[name].weight.numel() for name in schemes)
+    tune_by = _tune_by(recipe, n_weights)
+    corrects_rows = (
+        isinstance(weights, GptqWeights)
+        and weights.row_feedback > 0
+        and tune_by is None
+        and n_weights <= MOST_WEIGHTS
+    )
     choices: dict[str, tuple[LayerScheme, ...]] = {}
     if isinstance(weights, GptqWeights) and weights.budget is not None:
         choices = {
@@ -119,6 +129,7 @@ def plan_layers(
         blocks=blocks if schemes else None,
         choices=choices,
         tune_by=tune_by,
+        corrects_rows=corrects_rows,
     )
 
 

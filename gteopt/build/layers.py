@@ -7,7 +7,7 @@ the same time. Refuses to know: blocks, files, in which order layers are solved.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from gteopt.quant import gptq
 from gteopt.quant.affine import QuantizedWeight, pack, quantize_rtn, snr_db
 from gteopt.quant.hessian import HessianAccumulator
 from gteopt.quant.inverse_factor import InverseFactor
+from gteopt.quant.row_feedback import RowFeedback, prepare_row_feedback
 from gteopt.quant.static_activations import InputGrid
 from gteopt.records.manifest import LayerRecord
 
@@ -38,6 +39,7 @@ class LayerInputs:
         mean: mean of the inputs before rounding, float32 [I], if activations are static.
         factor: factor of the inverse Hessian, if several layers share it.
         static_loss: see `HeldOutGrid.loss`; None if the recipe has no static activations.
+        row_feedback: how the rows of one layer correct each other; None if they are independent.
     """
 
     statistics: HessianAccumulator
@@ -45,6 +47,7 @@ class LayerInputs:
     mean: Tensor | None = None
     factor: InverseFactor | None = None
     static_loss: float | None = None
+    row_feedback: RowFeedback | None = None
 
     def to(self, device: str) -> LayerInputs:
         """The statistics and the grid on another device, without the factor."""
@@ -58,6 +61,17 @@ class LayerInputs:
         except NumericsError as error:
             raise NumericsError(f"{name}: {error}") from error
         return replace(self, factor=factor)
+
+    def corrected_by(
+        self, name: str, output_hessians: Sequence[Tensor], share: float
+    ) -> LayerInputs:
+        """A copy for one layer with its row feedback; `name` names the layer in errors."""
+        device = self.statistics.hessian.device
+        matrices = [matrix.to(device) for matrix in output_hessians]
+        try:
+            return replace(self, row_feedback=prepare_row_feedback(matrices, share))
+        except NumericsError as error:
+            raise NumericsError(f"{name}: {error}") from error
 
 
 def _options(weights: GptqWeights) -> gptq.GptqOptions:
@@ -101,7 +115,7 @@ def quantize_layer(
                 weight,
                 inputs.statistics.hessian,
                 scheme,
-                _options(weights),
+                replace(_options(weights), row_feedback=inputs.row_feedback),
                 cross_term=inputs.statistics.cross_term(weight),
                 factor=inputs.factor,
             )
@@ -138,6 +152,7 @@ def solve_layers(
     weights: RtnWeights | GptqWeights,
     inputs: LayerInputs | None,
     devices: Sequence[str],
+    output_hessians: Mapping[str, Sequence[Tensor]],
 ) -> Iterator[tuple[str, LayerRecord, QuantizedWeight]]:
     """Quantize layers that read the same inputs, in their order; see `quantize_layer`.
 
@@ -152,6 +167,7 @@ def solve_layers(
         weights: the recipe's settings of quantization.
         inputs: statistics of the layers' inputs; None for a method that needs only weights.
         devices: devices that solve layers.
+        output_hessians: see `prepare_row_feedback`, by layer; empty if rows are independent.
     """
     names = list(linears)
     shared: dict[str, LayerInputs] = {}
@@ -165,13 +181,12 @@ def solve_layers(
                 shared[device] = inputs.to(device)
                 if len(names) > len(devices) and isinstance(weights, GptqWeights):
                     shared[device] = shared[device].factorised(name, weights)
+            given = shared.get(device)
+            if given is not None and name in output_hessians:
+                assert isinstance(weights, GptqWeights)
+                given = given.corrected_by(name, output_hessians[name], weights.row_feedback)
             record, codes = quantize_layer(
-                name,
-                weight.to(device).float(),
-                plan.schemes[name],
-                weights,
-                shared.get(device),
-                note,
+                name, weight.to(device).float(), plan.schemes[name], weights, given, note
             )
             return record, codes.to(weight.device)
 

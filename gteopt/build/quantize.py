@@ -40,6 +40,12 @@ from gteopt.build.layer_plan import (
     plan_layers,
 )
 from gteopt.build.layers import layer_memory_errors
+from gteopt.build.output_hessians import (
+    OUTPUT_HESSIANS,
+    STATE_BYTES,
+    measure_output_hessians,
+    output_hessian_path,
+)
 from gteopt.build.replay import Block, BlockInput, StateSpill, open_blocks, replay_dtype
 from gteopt.build.st_folder import WEIGHTS, write_st_folder
 from gteopt.build.stage import (
@@ -221,6 +227,19 @@ def _quantize_layers(
     blocks = [Block(f"{plan.blocks}.{i}", m, ()) for i, m in enumerate(modules)]
     inputs: list[BlockInput] = []
     is_done = [block_notes_path(block_shard_path(shards, i)).is_file() for i in range(len(blocks))]
+    output_hessians: Path | None = None
+    if not all(is_done) and plan.corrects_rows:
+        output_hessians = run.stage / OUTPUT_HESSIANS
+        # Files are written from the last block to the first.
+        if not output_hessian_path(output_hessians, blocks[is_done.index(False)].name).is_file():
+            states = run.activations / "fed"
+            with layer_memory_errors("the measurement of gradients"):
+                measure_output_hessians(
+                    *(encoder, tokens, plan.schemes, output_hessians),
+                    spill=StateSpill(min(run.activation_bytes, STATE_BYTES), states),
+                    progress=run.progress,
+                )
+            shutil.rmtree(states, ignore_errors=True)
     if not all(is_done) and isinstance(run.recipe.weights, GptqWeights):
         # With the original model's hidden states, each kind gets half of the memory.
         n_kinds = 2 if needs_original_blocks(run.recipe, plan) else 1
@@ -229,7 +248,7 @@ def _quantize_layers(
             blocks, inputs = open_blocks(
                 encoder, tokens, kinds=kinds, dtype=replay_dtype(encoder), spill=spill
             )
-    build = BlockBuild(encoder, run.recipe, plan, run.devices, run.progress)
+    build = BlockBuild(encoder, run.recipe, plan, run.devices, run.progress, output_hessians)
     # States of at most the token table's size never raise the peak disk of the build, because the
     # table is written only at the end.
     table = encoder.module.get_input_embeddings()  # type: ignore[operator]
@@ -239,6 +258,7 @@ def _quantize_layers(
     layers, tuning = quantize_blocks(build, blocks, inputs, shards, kept)
     del inputs
     shutil.rmtree(run.activations, ignore_errors=True)
+    shutil.rmtree(run.stage / OUTPUT_HESSIANS, ignore_errors=True)
     if tuned:
         with layer_memory_errors("the tuning of the whole model"):
             layers, tuning = tune_blocks(build, blocks, layers, tokens, run.stage)

@@ -10,37 +10,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from gteopt.build.gradients import leave_block_, walk_back
 from gteopt.build.replay import (
     Block,
     BlockInput,
     StateSpill,
-    copy_block_arguments,
+    find_blocks,
     open_blocks,
     replay_behind_blocks,
-    replay_block_,
     replay_dtype,
 )
 from gteopt.config.recipe import LayerScheme
 from gteopt.encoder.encoder import Encoder
-from gteopt.encoder.loading import load_weights_, unload_weights_
+from gteopt.encoder.loading import load_weights_
 from gteopt.errors import NumericsError
-from gteopt.machine import release_freed_memory
 from gteopt.progress import Progress, ignore_progress
 from gteopt.quant.affine import quantize_rtn
-from gteopt.quant.gptq import is_finite
 
 DEEP_BLOCKS = 12
 """If a model has more blocks, sensitivities are estimated instead of measured."""
 N_PROBES = 16
 """Random directions for each text in `estimate_sensitivity`. A loss on n equally important texts
 then has a relative standard error of sqrt(2 / (16 n)), about 4 % for 64 texts."""
-_SEED = 0
 _Trial = tuple[str, int]
 """A layer, and the index of one of its choices."""
 
@@ -106,7 +101,7 @@ def measure_sensitivity(
                     states[layer, i] = _run(block, base)
                     progress(activity, n_run := n_run + 1, n_runs)
             base = _run(block, base)
-            _leave(encoder, block)
+            leave_block_(encoder, block)
 
         def vectors(hidden: Sequence[Tensor]) -> Tensor:
             return replay_behind_blocks(
@@ -157,15 +152,9 @@ def estimate_sensitivity(
     Raises:
         NumericsError: weights, vectors or gradients hold NaN or infinity.
     """
-    dtype = replay_dtype(encoder)
-    blocks, inputs = open_blocks(encoder, tokens, dtype=dtype)
-    if encoder.streams:
-        unload_weights_(
-            encoder, blocks[0].name
-        )  # it was read in inference mode, which allows no gradients
     activity = f"estimating the sensitivity of {encoder.checkpoint.id}"
-    layers = {name for block in blocks for name in block.linears()} & choices.keys()
-    n_passes = (2 + N_PROBES) * len(blocks) + sum(len(choices[name]) for name in layers)
+    _, blocks = find_blocks(encoder.module, encoder.checkpoint.config.get("num_hidden_layers"))
+    n_passes = (2 + N_PROBES) * len(blocks) + sum(map(len, choices.values()))
     n_passed = 0
 
     def passed(n: int) -> None:
@@ -173,67 +162,9 @@ def estimate_sensitivity(
         n_passed += n
         progress(activity, n_passed, n_passes)
 
-    inputs_by_block: list[list[BlockInput]] = []
-    n_bytes = 0
-    for at, block in enumerate(blocks):
-        inputs_by_block.append([])
-        for i, batch in enumerate(inputs):
-            n_bytes += batch.hidden.numel() * batch.hidden.element_size()
-            file = None
-            if n_bytes > spill.n_bytes:
-                file = spill.file(f"input-{at:03}-{i:05}")
-            inputs_by_block[-1].append(BlockInput(batch.hidden, batch.real, batch.pooled, file))
-        with _filled(encoder, block, dtype):
-            replay_block_(block, inputs)
-        if not all(is_finite(batch.hidden) for batch in inputs):
-            raise NumericsError(
-                f"the output of {block.name} holds NaN or infinity; load the model with dtype "
-                f"float32 to see whether its weights are sound"
-            )
-        passed(1)
-    slopes = _slopes(encoder, blocks, inputs)
-    for block in reversed(blocks):
-        block_inputs = inputs_by_block.pop()
-        with _filled(encoder, block, dtype):
-            losses = _trials(block, block_inputs, slopes, choices, passed)
-            for i, batch in enumerate(block_inputs):
-                slopes[i] = _before(block, i, batch.hidden, slopes[i])
-            passed(1 + N_PROBES)
-        if losses:
+    for at in walk_back(encoder, tokens, n_probes=N_PROBES, spill=spill, passed=passed):
+        if losses := _trials(at.block, at.inputs, at.slopes, choices, passed):
             yield losses
-
-
-def _slopes(
-    encoder: Encoder, blocks: Sequence[Block], inputs: Sequence[BlockInput]
-) -> list[list[Tensor]]:
-    """The gradients [N, T, D] of r . v by the last block's output, for each batch and direction r.
-
-    Raises:
-        NumericsError: the vectors hold NaN or infinity.
-    """
-    generator = torch.Generator().manual_seed(_SEED)
-    slopes_by_batch = []
-    for batch in inputs:
-        hidden, real, pooled = (
-            copy_block_arguments(tensor, encoder.dtype)
-            for tensor in (batch.hidden, batch.real, batch.pooled)
-        )
-        with torch.enable_grad():
-            hidden.requires_grad_(True)
-            leaf = BlockInput(hidden, real, pooled)
-            vectors = nn.functional.normalize(
-                replay_behind_blocks(encoder, blocks, [hidden], [leaf])
-            )
-            if not bool(torch.isfinite(vectors).all()):
-                raise NumericsError(
-                    f"the vectors of {encoder.checkpoint.id} hold NaN or infinity; load it with "
-                    f"dtype float32 to see whether its weights are sound"
-                )
-            probes = torch.randn(N_PROBES, *vectors.shape, generator=generator).to(vectors)
-            products = [(vectors * probe).sum() for probe in probes]
-        slopes = [torch.autograd.grad(r_v, hidden, retain_graph=True)[0] for r_v in products]
-        slopes_by_batch.append([slope.to(batch.hidden.dtype) for slope in slopes])
-    return slopes_by_batch
 
 
 @torch.inference_mode()
@@ -274,19 +205,6 @@ def _trials(
     return losses_by_layer
 
 
-def _before(block: Block, i: int, hidden: Tensor, slopes: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients by a block's input, from the gradients by its output, for one batch."""
-    args, kwargs = block.calls[i]
-    kind = hidden.dtype
-    alone = replace(
-        block, calls=((copy_block_arguments(args, kind), copy_block_arguments(kwargs, kind)),)
-    )
-    with torch.enable_grad():
-        leaf = copy_block_arguments(hidden, kind).requires_grad_(True)
-        out = alone.run(0, leaf)
-    return [torch.autograd.grad(out, leaf, slope, retain_graph=True)[0] for slope in slopes]
-
-
 def _each_rounded(
     name: str, linear: nn.Linear, schemes: Sequence[LayerScheme]
 ) -> Iterator[tuple[LayerScheme, int]]:
@@ -309,27 +227,6 @@ def _not_finite(layer: str, scheme: LayerScheme) -> str:
         f"the model's vectors hold NaN or infinity when {layer} is rounded to {scheme.bits} bits, "
         f"or even without; load the model with dtype float32 to see whether its weights are sound"
     )
-
-
-@contextmanager
-def _filled(encoder: Encoder, block: Block, dtype: torch.dtype) -> Iterator[None]:
-    """Have the block's weights in memory and in `dtype` during a `with` block."""
-    load_weights_(encoder, block.name, dtype)
-    yield
-    _leave(encoder, block)
-
-
-def _leave(encoder: Encoder, block: Block) -> None:
-    """Undo `load_weights_` for a block, and give freed memory back.
-
-    Hidden states lie between the freed weights, so without this the allocator would keep more
-    memory with each block.
-    """
-    if encoder.streams:
-        unload_weights_(encoder, block.name)
-        release_freed_memory()
-    else:
-        block.module.to(encoder.dtype)  # exact, because float32 holds every bfloat16
 
 
 def _first_that_fit(

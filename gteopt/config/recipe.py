@@ -158,6 +158,10 @@ class GptqWeights(Frozen):
         skip: shell patterns of the names of layers to leave unquantized.
         gptaq_strength: share of the input error from earlier layers that a layer corrects (GPTAQ,
             Li et al. 2025, arXiv:2504.02692). 0 is GPTQ, which assumes exact inputs.
+        row_feedback: share of the correlations between gradients of outputs by which rows of a
+            weight correct each other (Tseng et al. 2025, arXiv:2505.22988). 0 is GPTQ, whose rows
+            are independent. It is not used above 2 billion quantized weights, nor by efforts that
+            tune, which it does not bring closer.
         effort: "fast" runs the solver alone. "standard" and "best" then tune codes, scales, and the
             blocks' norms and biases against the original model.
         tune_by: "model" tunes end to end against the original's vectors. "block" tunes each block
@@ -178,6 +182,7 @@ class GptqWeights(Frozen):
     fallback: Literal["error", "per_channel", "skip"] = "error"
     skip: tuple[str, ...] = ()
     gptaq_strength: Annotated[float, Field(ge=0, le=1)] = 0.0
+    row_feedback: Annotated[float, Field(ge=0, lt=1)] = 0.0
     effort: Effort = "fast"
     tune_by: TuneBy = "auto"
     smooth: bool = False
@@ -202,6 +207,8 @@ class GptqWeights(Frozen):
                 "smooth: true needs activation_bits: 8 and activation_static: false (static inputs "
                 "already have a scale for each feature)"
             )
+        if self.smooth and self.row_feedback:
+            raise ValueError("smooth: true needs row_feedback: 0 (smoothing scales outputs)")
         if self.scheme.activation_static and self.gptaq_strength:
             raise ValueError("activation_static: true needs gptaq_strength: 0")
         return self

@@ -65,10 +65,12 @@ class QuantizedWeight:
             None if self.inputs is None else self.inputs.to(device),
         )
 
-    def rows(self, start: int, end: int) -> QuantizedWeight:
-        """A view of the rows `start` to `end` (output features)."""
-        part = slice(start, end)
-        return QuantizedWeight(self.codes[part], self.scale[part], self.zero[part], self.scheme)
+    def rows(self, at: slice | Tensor) -> QuantizedWeight:
+        """Some rows (output features): a view for a slice, a copy for their numbers.
+
+        Doubly quantized scales are left out, because rows share their blocks.
+        """
+        return QuantizedWeight(self.codes[at], self.scale[at], self.zero[at], self.scheme)
 
     def dequantize(self) -> Tensor:
         """The values that the codes stand for: float32 [O, I]."""

@@ -22,6 +22,7 @@ from gteopt.quant.double_quantization import quantize_scale
 from gteopt.quant.grid_search import fit_grids, search_bytes
 from gteopt.quant.inverse_factor import InverseFactor, factor_bytes, factorise_inverse
 from gteopt.quant.products import inverse_order, quadratic_forms, row_spans, times_inverse
+from gteopt.quant.row_feedback import RowFeedback, round_row_blocks
 from gteopt.quant.triton_devices import runs_triton
 
 _ROW_WEIGHTS = 1 << 25
@@ -41,6 +42,7 @@ class GptqOptions:
         gptaq_strength: share of GPTAQ's correction that is applied, 0 to 1.
         block_size: columns that are rounded one by one before a matrix product updates later
             columns. It changes speed, not codes. The kernel for GPUs has its own number.
+        row_feedback: how the rows of one weight correct each other; None keeps them independent.
     """
 
     act_order: bool = True
@@ -48,6 +50,7 @@ class GptqOptions:
     clip_search: bool = True
     gptaq_strength: float = 1.0
     block_size: int = 32
+    row_feedback: RowFeedback | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,10 @@ def solve(
     is the mean of (x0 - x) x^T, and H the damped Hessian. Few texts estimate the correction poorly,
     so only a share of it is applied.
 
+    With `options.row_feedback`, blocks of rows are rounded one after the other, and each is
+    corrected for the errors of those before it; see `quant/row_feedback.py`. The error at the
+    layer's output is then larger, and the vectors' error is smaller.
+
     Args:
         weight: [O, I], any float dtype; computed in float32 and left unchanged.
         hessian: float32 [I, I], mean of x x^T.
@@ -113,20 +120,64 @@ def solve(
     )
     double = quantize_scale(grids[0][0]) if scheme.double_quantization else None
     scale, zero = (grids[0][0] if double is None else double.scale()), grids[0][1]
-    grid = QuantizedWeight(torch.empty(0), scale, zero, scheme, double)
-    codes, squares = _round_columns(weight, factor, grid, options.block_size)
-    solved = replace(grid, codes=codes)
-    used, n_dead = factor.damping, int((hessian.diagonal() == 0).sum())
-    # A factor in float32 misjudges errors by up to a hundredth.
-    damped = _DampedErrors(squares, factor.added) if factor.dtype == torch.float64 else None
-    del factor
+    grid = QuantizedWeight(weight.new_empty(len(weight), 0), scale, zero, scheme, double)
     # Doubly quantized scales of several rows share a block, so both roundings need equal scales.
     nearest = grid if double is not None else replace(grid, scale=grids[1][0], zero=grids[1][1])
-    kept, noise = _better_rows(
-        solved, round_to_grid(weight, nearest), weight, hessian, damped=damped
-    )
+    if options.row_feedback is None:
+        kept, noise = _round_rows(weight, hessian, factor, grid, nearest, options.block_size)
+    else:
+        kept = replace(
+            grid,
+            codes=torch.empty_like(weight, dtype=torch.uint8),
+            scale=torch.empty_like(grid.scale),
+            zero=torch.empty_like(grid.zero),
+        )
+
+        def round_rows(rows: Tensor, at: Tensor) -> Tensor:
+            of_rows, _ = _round_rows(
+                rows, hessian, factor, grid.rows(at), nearest.rows(at), options.block_size
+            )
+            kept.codes[at], kept.scale[at] = of_rows.codes, of_rows.scale
+            kept.zero[at] = of_rows.zero
+            return of_rows.dequantize()
+
+        round_row_blocks(weight, options.row_feedback, round_rows)
+        noise = 0.0
+        for start, end in row_spans(weight, _ROW_WEIGHTS):
+            error = kept.rows(slice(start, end)).dequantize() - weight[start:end]
+            noise += _output_power(error, hessian)
+    used, n_dead = factor.damping, int((hessian.diagonal() == 0).sum())
     signal = _output_power(weight, hessian)
     return GptqResult(kept, used, n_dead, ratio_db(signal, noise))
+
+
+def _round_rows(
+    weight: Tensor,
+    hessian: Tensor,
+    factor: InverseFactor,
+    grid: QuantizedWeight,
+    nearest: QuantizedWeight,
+    block_size: int,
+) -> tuple[QuantizedWeight, float]:
+    """Round rows that do not depend on each other, each in the better of two ways.
+
+    Args:
+        weight: float32 [n, I].
+        hessian: float32 [I, I].
+        factor: factor of its inverse.
+        grid: scales and zero points of GPTQ's rounding; its codes are ignored.
+        nearest: scales and zero points of rounding to nearest.
+        block_size: see `GptqOptions`.
+
+    Returns:
+        The rows, and the sum of their errors, tr(E H E^T).
+    """
+    codes, squares = _round_columns(weight, factor, grid, block_size)
+    # A factor in float32 misjudges errors by up to a hundredth.
+    damped = _DampedErrors(squares, factor.added) if factor.dtype == torch.float64 else None
+    return _better_rows(
+        replace(grid, codes=codes), round_to_grid(weight, nearest), weight, hessian, damped=damped
+    )
 
 
 def prepare_gptq(hessian: Tensor, options: GptqOptions) -> InverseFactor:
@@ -269,13 +320,14 @@ def _better_rows(
     is_second, noise = [], 0.0
     for start, end in row_spans(weight, _ROW_WEIGHTS):
         rows = weight[start:end]
-        error = first.rows(start, end).dequantize() - rows
+        error = first.rows(slice(start, end)).dequantize() - rows
         if damped is None:
             of_first = quadratic_forms(error, hessian)
         else:
             undamped = damped.squares[start:end] - damped.added * error.square_().sum(1)
             of_first = undamped.clamp_min_(0)
-        of_second = quadratic_forms(second.rows(start, end).dequantize() - rows, hessian)
+        nearest = second.rows(slice(start, end)).dequantize()
+        of_second = quadratic_forms(nearest - rows, hessian)
         is_second.append(of_second < of_first)
         noise += torch.minimum(of_first, of_second).double().sum().item()
     take = torch.cat(is_second)[:, None]

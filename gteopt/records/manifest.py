@@ -83,7 +83,8 @@ class LayerRecord(Frozen):
         bits_per_weight: stored bits, scales and zero points included.
         weight_snr_db: 10 log10(|W|^2 / |W - Wq|^2).
         output_snr_db: 10 log10(|XW|^2 / |X(W - Wq)|^2) on the calibration tokens, where measured. W
-            is the solver's input, which differs from the base's weight with GPTAQ.
+            is the solver's input, which differs from the base's weight with GPTAQ. Row feedback
+            lowers it, and brings vectors closer.
         smoothing: smoothing of its inputs; None where the recipe or the architecture has none.
         note: unusual events, such as a fallback, raised damping or dead input features.
     """

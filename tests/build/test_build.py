@@ -510,7 +510,8 @@ def test_inspect_predicts_the_memory_of_the_measured_builds_within_15_percent(
             texts=str(texts), n_texts=row["n_texts"], max_tokens=row["max_tokens"], random_texts=0
         )
         recipe = load_recipe(row["recipe"])
-        weights = recipe.weights.model_copy(update={"gptaq_strength": row["gptaq_strength"]})
+        solver = {name: row.get(name, 0.0) for name in ("gptaq_strength", "row_feedback")}
+        weights = recipe.weights.model_copy(update=solver)
         recipe = recipe.model_copy(update={"calibration": calibration, "weights": weights})
         emulated = "bf16" not in row["machine"]["cpu"]
         monkeypatch.setattr(

@@ -442,8 +442,9 @@ def test_inspect_counts_what_blocks_are_fed_on_disk(
     config |= {"num_hidden_layers": n_blocks, "layer_types": ["full_attention"] * n_blocks}
     (base / "config.json").write_text(json.dumps(config))
     recipe = load_recipe("mixed-nf4")
+    weights = recipe.weights.model_copy(update={"row_feedback": 0.0})
     texts = Calibration(n_texts=64, max_tokens=128)
-    recipe = recipe.model_copy(update={"calibration": texts})
+    recipe = recipe.model_copy(update={"calibration": texts, "weights": weights})
     checkpoint = open_checkpoint(base)
     (predicted,) = estimate_builds(checkpoint, [recipe], activation_bytes=0)
 
