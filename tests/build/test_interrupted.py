@@ -322,11 +322,13 @@ def changed(base: Path, target: Path, name: str, index: int, value: float) -> Pa
 def test_nan_names_the_tensor_and_keeps_the_blocks_before_it(
     base: Path, tmp_path: Path, name: str
 ) -> None:
+    """A build that takes gradients first finds it before the first block."""
     bad = changed(base, tmp_path / MODELS[0].name, name, 3, float("nan"))
-    stopped = build(bad, tmp_path / "out", "gptq-int4")
-    assert stopped.error.startswith("NumericsError")
-    assert f"hold NaN or infinity ({name})" in stopped.error
-    assert finished_blocks(tmp_path / "out") == int(name.split(".")[1])
+    for recipe, n_kept in (("gptq-int8", int(name.split(".")[1])), ("gptq-int4", 0)):
+        stopped = build(bad, tmp_path / recipe, recipe)
+        assert stopped.error.startswith("NumericsError")
+        assert f"hold NaN or infinity ({name})" in stopped.error
+        assert finished_blocks(tmp_path / recipe) == n_kept
 
 
 def test_a_dead_input_feature_is_recorded_and_costs_nothing(base: Path, tmp_path: Path) -> None:
