@@ -46,7 +46,8 @@ interop:  ## make .venv-interop with other quantizers, and test exchange with th
 	test -d .venv-interop || $(PYTHON) -m venv .venv-interop
 	.venv-interop/bin/python -m pip install --quiet $(TORCH)
 	.venv-interop/bin/python -m pip install --quiet -c constraints-interop.txt -e '.[test]' $(PEERS)
-	.venv-interop/bin/python -m pytest tests/interop tests/encoder/test_architectures.py
+	.venv-interop/bin/python -m pytest -n 2 --dist loadfile \
+		tests/interop tests/encoder/test_architectures.py
 
 # The ONNX and OpenVINO backends of sentence-transformers need optimum-onnx and optimum-intel, which
 # exclude the pinned transformers. So the engines below those backends are installed.

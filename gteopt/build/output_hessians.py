@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gteopt.build.gradients import Watch, walk_back
-from gteopt.build.replay import StateSpill, find_blocks
+from gteopt.build.replay import StateSpill, emulates_bfloat16, find_blocks
 from gteopt.build.tensor_files import save_tensors
 from gteopt.encoder.encoder import Encoder
 from gteopt.progress import Progress, ignore_progress
@@ -22,7 +22,7 @@ from gteopt.quant.products import block_spans, matrix_product
 
 OUTPUT_HESSIANS = "output-hessians"
 """Folder of the files in a build's stage."""
-N_TEXTS = 128
+N_TEXTS = 256
 """How many calibration texts gradients are taken on: this many if there are as many, and fewer than
 twice as many."""
 N_PROBES = 4
@@ -74,8 +74,8 @@ def measure_output_hessians(
     @torch.inference_mode()
     def add(name: str, gradients: Tensor) -> None:
         # A product of bfloat16 is twice as fast, and its rounding is far below the noise of texts.
-        if gradients.dtype != torch.bfloat16:
-            gradients = gradients.float()
+        emulated = emulates_bfloat16(gradients.device.type)
+        gradients = gradients.float() if emulated else gradients.bfloat16()
         outputs = gradients.T.contiguous()  # [O, n]
         parts = [outputs[start:end] for start, end in block_spans(len(outputs), MOST_OUTPUTS)]
         products = [matrix_product(part, part) for part in parts]
