@@ -216,12 +216,14 @@ def _trade_section(results: Results, lines: Sequence[Row]) -> Iterator[str]:
             lines, "size", "Weights, MB", lambda row: to_megabytes(row.weight_bytes)
         )
         drawn.append(("Quality against size (up and left is better)", chart))
-    if any(row.tokens_per_s is not None for row in variants):
+    if any(row.speed_ratio is not None for row in variants):
+        # The ratio is measured in turns, and the choice reads it too. Tokens a second of variants
+        # come from different times, so their order can be another one.
         chart = trade_chart(
             lines,
             "speed",
-            "Throughput, tokens/s",
-            lambda row: row.tokens_per_s,
+            "Speed, × baseline",
+            lambda row: 1.0 if row.is_baseline and row.speed_ratio else row.speed_ratio,
             larger_is_better=True,
         )
         drawn.append(("Quality against speed (up and right is better)", chart))

@@ -102,6 +102,17 @@ def test_the_dotted_line_joins_lower_ends_and_not_measured_values(demo: Results)
     assert line["y"][-1] == pytest.approx(98.7)
 
 
+def test_the_chart_of_speed_shows_what_was_measured_in_turns(demo: Results) -> None:
+    page = without_plotly(html_page(demo, title="demo")).split('id="chart-speed"')[1]
+    traces, _ = json.JSONDecoder().raw_decode(page, page.index("[{"))
+    shown = {
+        trace["name"].split(" (")[0]: trace["x"] for trace in traces if trace["mode"] != "lines"
+    }
+    assert shown == {
+        v.name: [1.0 if v.name == DEMO[0].name else pytest.approx(v.speed)] for v in DEMO
+    }
+
+
 def test_rows_give_the_baseline_first_and_every_ratio_against_it(demo: Results) -> None:
     table_rows = result_rows(demo)
     assert [row.name for row in table_rows] == [variant.name for variant in DEMO]
