@@ -27,6 +27,9 @@ BUILTIN = "builtin"
 TOKENS_AN_INPUT = 4
 """Calibration tokens that a layer needs for each input feature: with fewer, its Hessian is a poor
 estimate."""
+SHORT_TEXT = 48
+"""Average tokens of a calibration text, below which documents were hardly seen: sentences have 20,
+and the built-in texts 75."""
 
 _PARTS = 4
 _RANDOM_TEXTS, _RANDOM_TOKENS = 48, 50
@@ -169,6 +172,21 @@ def check_calibration_tokens(n_tokens: int, in_features: int) -> str | None:
     return (
         f"{n_tokens:,} calibration tokens for {in_features:,} input features, fewer than "
         f"{TOKENS_AN_INPUT} each; give more texts (calibration.n_texts, calibration.max_tokens)"
+    )
+
+
+def check_calibration_lengths(calibration: CalibrationRecord) -> str | None:
+    """A warning for own texts that are all short; None for others and for the built-in texts.
+
+    The table of calibration texts in docs/results-quality.md has what sentences alone cost.
+    """
+    length = calibration.n_tokens / (calibration.n_texts + calibration.n_random)
+    if calibration.source == BUILTIN or length >= SHORT_TEXT:
+        return None
+    return (
+        f"your calibration texts have only {length:.0f} tokens on average; a variant that is "
+        "calibrated on sentences alone can be twice as far from its base on documents and code. "
+        "Add longer texts, or use gteopt optimize MODEL --texts FILE, which adds built-in texts"
     )
 
 

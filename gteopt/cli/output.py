@@ -197,8 +197,8 @@ def show_manifest(
 
 
 def _calibrated_on(manifest: Manifest, calibration: CalibrationRecord) -> str:
-    """The size of the calibration texts, with a warning if they are few for the widest layer."""
-    from gteopt.build.calibration_texts import check_calibration_tokens
+    """The size of the calibration texts, with warnings if they are few or all short."""
+    from gteopt.build.calibration_texts import check_calibration_lengths, check_calibration_tokens
 
     size = (
         f"calibrated on {calibration.n_tokens:,} tokens of {calibration.n_texts:,} texts "
@@ -207,8 +207,9 @@ def _calibrated_on(manifest: Manifest, calibration: CalibrationRecord) -> str:
     if calibration.n_random:
         size += f" and {calibration.n_random} of random tokens"
     widths = (layer.in_features for layer in manifest.layers if layer.method == "gptq")
-    warning = check_calibration_tokens(calibration.n_tokens, max(widths, default=0))
-    return size if warning is None else f"{size}\nWarning: {warning}"
+    too_few = check_calibration_tokens(calibration.n_tokens, max(widths, default=0))
+    too_short = check_calibration_lengths(calibration)
+    return "\nWarning: ".join(part for part in (size, too_few, too_short) if part is not None)
 
 
 def show_next(command: str) -> None:

@@ -13,6 +13,7 @@ import gteopt
 from gteopt.build.calibration_texts import (
     CalibrationText,
     add_document_sentences,
+    check_calibration_lengths,
     count_random_texts,
     draw_calibration_texts,
     draw_random_texts,
@@ -249,3 +250,21 @@ def test_kinds_are_numbered_by_name_and_one_kind_is_dealt_into_parts() -> None:
         "fr",
         "code",
     }
+
+
+def test_own_texts_that_are_all_short_are_told_and_mixed_ones_are_not(tmp_path: Path) -> None:
+    sentences = [f"Sentence {i} of a user." for i in range(64)]
+    documents = [" ".join(sentences[i:] + sentences[:i]) for i in range(0, 64, 4)]
+    warnings = {}
+    for name, texts in (("short", sentences), ("mixed", sentences + documents)):
+        (tmp_path / f"{name}.txt").write_text("\n".join(texts))
+        warnings[name] = _length_warning(Calibration(texts=str(tmp_path / f"{name}.txt")))
+    warnings["builtin"] = _length_warning(Calibration())
+    assert warnings["mixed"] is warnings["builtin"] is None
+    assert "tokens on average" in str(warnings["short"])
+
+
+def _length_warning(spec: Calibration) -> str | None:
+    texts = draw_calibration_texts(spec)
+    tokens = tokenize_calibration(gteopt.load("nano").tokenization, texts, spec.max_tokens)
+    return check_calibration_lengths(record_calibration(spec, texts, tokens, longest=512))
